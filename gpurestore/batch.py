@@ -1,0 +1,230 @@
+"""Batches of system calls: the data that a restore plan is made of.
+
+A planner returns a list of :class:`Call`. :func:`encode` lays the list out in the memory that the agent reads
+(``cext/gr_agent.h``), with every pointer already absolute; :func:`decode` reads results and output buffers back.
+Everything here is pure, so that plans can be tested, printed and compared without privileges.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpurestore.syscalls import NR
+
+_HEADER = struct.Struct("=IIiI")  # nr_calls, next, status, reserved
+_CALL = struct.Struct("=Q6QIIqq")  # nr, args, refs, expect, want, result
+HEADER_BYTES = _HEADER.size
+CALL_BYTES = _CALL.size
+_ALIGN = 16
+_U64 = (1 << 64) - 1
+
+EXPECT_OK, EXPECT_EXACT, EXPECT_ANY = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A pointer to a copy of ``payload``. ``pointers`` are (offset, target): 8 bytes there point to another buffer."""
+
+    payload: bytes
+    pointers: tuple[tuple[int, Buffer], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """A pointer to ``size`` zeroed bytes whose content after the call comes back in :class:`CallResult`."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class InOut:
+    """A pointer to a copy of ``payload`` whose content after the call comes back in :class:`CallResult`."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The result of an earlier call of the same batch, by its index."""
+
+    index: int
+
+
+Buffer = Data | Out | InOut
+Arg = int | Buffer | Ref
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One system call for the agent.
+
+    ``what`` says in words what it is for: it is shown by ``--dry-run`` and stands in front of the errno on failure.
+    By default a result below zero ends the batch; ``want`` demands one exact result, ``may_fail`` accepts any.
+    """
+
+    nr: NR
+    args: tuple[Arg, ...] = ()
+    what: str = ""
+    want: int | None = None
+    may_fail: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what or self.nr.name}: {self.nr.name}({', '.join(map(_show, self.args))})"
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """``result`` is the raw return value (negative errno on failure); ``outs`` the Out/InOut buffers, in order of args."""
+
+    result: int
+    outs: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchState:
+    """What the agent left behind: ``failed`` is the index of the call that ended the batch early, or None."""
+
+    results: tuple[CallResult, ...]
+    failed: int | None
+
+
+def _show(arg: Arg) -> str:
+    match arg:
+        case Ref(index):
+            return f"#{index}"
+        case Data(payload):
+            return f"&{payload[:24].hex()}{'..' if len(payload) > 24 else ''}"
+        case Out(size):
+            return f"&out[{size}]"
+        case InOut(payload):
+            return f"&inout[{len(payload)}]"
+    return hex(arg) if abs(arg) > 4096 else str(arg)
+
+
+class _Layout:
+    """Assigns an address to every buffer of a batch, in one deterministic walk used by encode and decode."""
+
+    def __init__(self, calls: Sequence[Call], base: int) -> None:
+        self.base = base
+        self.blob = bytearray(HEADER_BYTES + CALL_BYTES * len(calls))
+        self._pad()
+
+    def _pad(self) -> None:
+        self.blob.extend(bytes(-len(self.blob) % _ALIGN))
+
+    def place(self, buffer: Buffer) -> int:
+        """Append ``buffer`` (and what it points to) and return its absolute address."""
+        offset = len(self.blob)
+        payload = bytes(buffer.size) if isinstance(buffer, Out) else buffer.payload
+        self.blob.extend(payload)
+        self._pad()
+        if isinstance(buffer, Data):
+            for where, target in buffer.pointers:
+                struct.pack_into("=Q", self.blob, offset + where, self.place(target))
+        return self.base + offset
+
+
+def encode(calls: Sequence[Call], base: int, capacity_bytes: int) -> bytes:
+    """The agent's batch for ``calls`` when it is to lie at address ``base``.
+
+    Raises ValueError when it does not fit into ``capacity_bytes`` or a Ref points forward.
+    """
+    layout = _Layout(calls, base)
+    for index, call in enumerate(calls):
+        refs = 0
+        args = [0] * 6
+        for i, arg in enumerate(call.args):
+            if isinstance(arg, Ref):
+                if not 0 <= arg.index < index:
+                    raise ValueError(f"call {index} refers to call {arg.index}, which is not before it")
+                refs |= 1 << i
+                args[i] = arg.index
+            elif isinstance(arg, int):
+                args[i] = arg & _U64
+            else:
+                args[i] = layout.place(arg)
+        expect = EXPECT_ANY if call.may_fail else EXPECT_OK if call.want is None else EXPECT_EXACT
+        offset = HEADER_BYTES + CALL_BYTES * index
+        _CALL.pack_into(layout.blob, offset, int(call.nr), *args, refs, expect, call.want or 0, 0)
+    _HEADER.pack_into(layout.blob, 0, len(calls), 0, 0, 0)
+    if len(layout.blob) > capacity_bytes:
+        raise ValueError(f"batch of {len(layout.blob)} bytes does not fit into {capacity_bytes}")
+    return bytes(layout.blob)
+
+
+def decode(calls: Sequence[Call], raw: bytes) -> BatchState:
+    """Results of a batch that ran; ``raw`` is its memory after the run, laid out by :func:`encode`."""
+    nr_calls, next_index, status, _ = _HEADER.unpack_from(raw, 0)
+    if nr_calls != len(calls):
+        raise ValueError(f"batch of {nr_calls} calls read back for {len(calls)}")
+    layout = _Layout(calls, 0)
+    results = []
+    for index, call in enumerate(calls):
+        outs = []
+        for arg in call.args:
+            if isinstance(arg, Data | Out | InOut):
+                offset = layout.place(arg)
+                if isinstance(arg, Out):
+                    outs.append(raw[offset : offset + arg.size])
+                elif isinstance(arg, InOut):
+                    outs.append(raw[offset : offset + len(arg.payload)])
+        result = _CALL.unpack_from(raw, HEADER_BYTES + CALL_BYTES * index)[-1]
+        results.append(CallResult(result, tuple(outs)))
+    return BatchState(tuple(results), next_index if status else None)
+
+
+def split(calls: Sequence[Call], capacity_bytes: int) -> list[list[Call]]:
+    """Cut ``calls`` into batches that fit; a call never leaves the batch of those it refers to.
+
+    Ref indices are relative to the whole list and come back relative to their batch.
+    Raises ValueError when a single linked group is larger than the capacity.
+    """
+    room = capacity_bytes - HEADER_BYTES - _ALIGN
+    batches: list[list[Call]] = []
+    start, used = 0, 0
+    for first, end in _linked_groups(calls):
+        size = sum(map(_call_bytes, calls[first:end]))
+        if size > room:
+            raise ValueError(f"calls {first}..{end - 1} belong together and do not fit into one batch")
+        if used + size > room:
+            batches.append([_rebase(c, start) for c in calls[start:first]])
+            start, used = first, 0
+        used += size
+    if start < len(calls):
+        batches.append([_rebase(c, start) for c in calls[start:]])
+    return batches
+
+
+def _linked_groups(calls: Sequence[Call]) -> list[tuple[int, int]]:
+    """Half-open ranges of calls between which no Ref reaches across."""
+    ends = list(range(len(calls)))
+    for index, call in enumerate(calls):
+        for arg in call.args:
+            if isinstance(arg, Ref):
+                ends[arg.index] = max(ends[arg.index], index)
+    groups, first, reach = [], 0, 0
+    for index, end in enumerate(ends):
+        reach = max(reach, end)
+        if reach == index:
+            groups.append((first, index + 1))
+            first = index + 1
+    return groups
+
+
+def _call_bytes(call: Call) -> int:
+    return CALL_BYTES + sum(_buffer_bytes(a) for a in call.args if isinstance(a, Data | Out | InOut))
+
+
+def _buffer_bytes(buffer: Buffer) -> int:
+    size = buffer.size if isinstance(buffer, Out) else len(buffer.payload)
+    size += -size % _ALIGN
+    if isinstance(buffer, Data):
+        size += sum(_buffer_bytes(target) for _, target in buffer.pointers)
+    return size
+
+
+def _rebase(call: Call, start: int) -> Call:
+    args = tuple(Ref(a.index - start) if isinstance(a, Ref) else a for a in call.args)
+    return Call(call.nr, args, call.what, call.want, call.may_fail)
