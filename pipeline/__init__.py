@@ -1,0 +1,1 @@
+"""The trio pipelines for dump and restore, their progress display and their trace."""
