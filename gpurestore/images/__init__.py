@@ -1,0 +1,1 @@
+"""CRIU's image format: its messages, containers and folders, and the manifest that we add."""
