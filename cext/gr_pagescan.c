@@ -1,0 +1,253 @@
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include "gr_internal.h"
+#include "gr_pagescan.h"
+
+#define PAGE_BYTES 4096UL
+#define REGIONS 4096
+#define ENTRIES 65536
+
+/* linux/fs.h of Linux 6.7 (guards: 6.15), which the build machine's headers may lack. */
+struct page_region {
+	uint64_t start, end, categories;
+};
+
+struct pm_scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+
+#define IOCTL_PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#define IS_FILE (1UL << 2)
+#define IS_PRESENT (1UL << 3)
+#define IS_SWAPPED (1UL << 4)
+#define IS_PFNZERO (1UL << 5)
+#define IS_GUARD (1UL << 8)
+
+/* Documentation/admin-guide/mm/pagemap.rst */
+#define PM_PFN ((1UL << 55) - 1)
+#define PM_GUARD (1UL << 58)
+#define PM_FILE (1UL << 61)
+#define PM_SWAP (1UL << 62)
+#define PM_PRESENT (1UL << 63)
+
+struct scan {
+	int fd;
+	int pid;
+	int what;
+	int *cancel;
+	void *buffer; /* REGIONS regions, or ENTRIES entries */
+	struct gr_page_runs *out;
+	uint64_t range_start; /* runs are joined only from here on */
+	uint64_t zero_pfn;
+};
+
+static int cancelled(const struct scan *scan)
+{
+	return scan->cancel && __atomic_load_n(scan->cancel, __ATOMIC_RELAXED);
+}
+
+static int grow(struct gr_page_runs *runs, struct gr_error *err)
+{
+	uint64_t capacity = runs->capacity ? runs->capacity * 2 : 256;
+	uint64_t *vaddrs = realloc(runs->vaddrs, capacity * sizeof(*vaddrs));
+	uint64_t *nr_pages;
+
+	if (!vaddrs)
+		return gr_fail(err, ENOMEM, "listing pages");
+	runs->vaddrs = vaddrs;
+	nr_pages = realloc(runs->nr_pages, capacity * sizeof(*nr_pages));
+	if (!nr_pages)
+		return gr_fail(err, ENOMEM, "listing pages");
+	runs->nr_pages = nr_pages;
+	runs->capacity = capacity;
+	return 0;
+}
+
+static int add_run(struct scan *scan, uint64_t start, uint64_t end, struct gr_error *err)
+{
+	struct gr_page_runs *runs = scan->out;
+	uint64_t pages = (end - start) / PAGE_BYTES;
+	uint64_t last = runs->nr_runs - 1;
+
+	runs->total_pages += pages;
+	if (runs->nr_runs && runs->vaddrs[last] >= scan->range_start &&
+	    runs->vaddrs[last] + runs->nr_pages[last] * PAGE_BYTES == start) {
+		runs->nr_pages[last] += pages;
+		return 0;
+	}
+	if (runs->nr_runs == runs->capacity) {
+		int ret = grow(runs, err);
+
+		if (ret < 0)
+			return ret;
+	}
+	runs->vaddrs[runs->nr_runs] = start;
+	runs->nr_pages[runs->nr_runs++] = pages;
+	return 0;
+}
+
+static void set_categories(struct pm_scan_arg *arg, int what, int with_guards)
+{
+	uint64_t unwanted = IS_FILE | IS_PFNZERO | (with_guards ? IS_GUARD : 0);
+
+	if (what == GR_SCAN_GUARD) {
+		arg->category_mask = IS_GUARD;
+	} else {
+		arg->category_inverted = unwanted;
+		arg->category_mask = unwanted;
+		arg->category_anyof_mask = IS_PRESENT | IS_SWAPPED;
+	}
+	/* One category that is alike in all pages found: neighbours come back as one region. */
+	arg->return_mask = IS_FILE;
+}
+
+/* Whether the kernel knows the ioctl, and guards in it. An empty range answers that. */
+static int probe_ioctl(int fd, int what, int with_guards)
+{
+	struct page_region region;
+	struct pm_scan_arg arg = { .size = sizeof(arg), .vec = (uint64_t)&region, .vec_len = 1,
+				   .start = PAGE_BYTES, .end = PAGE_BYTES };
+
+	set_categories(&arg, what, with_guards);
+	return ioctl(fd, IOCTL_PAGEMAP_SCAN, &arg) >= 0;
+}
+
+static int scan_by_ioctl(struct scan *scan, uint64_t start, uint64_t end, int with_guards, struct gr_error *err)
+{
+	struct page_region *regions = scan->buffer;
+	struct pm_scan_arg arg = { .size = sizeof(arg), .vec = (uint64_t)regions, .vec_len = REGIONS, .end = end };
+
+	set_categories(&arg, scan->what, with_guards);
+	for (arg.start = start; arg.start < end; arg.start = arg.walk_end) {
+		int nr;
+
+		if (cancelled(scan))
+			return gr_fail(err, ECANCELED, "scanning the pages of task %d", scan->pid);
+		do {
+			nr = ioctl(scan->fd, IOCTL_PAGEMAP_SCAN, &arg);
+		} while (nr < 0 && errno == EINTR);
+		if (nr < 0 || arg.walk_end <= arg.start)
+			return gr_fail(err, nr < 0 ? errno : EIO, "scanning pages %#lx-%#lx of task %d", arg.start, end,
+				       scan->pid);
+		for (int i = 0; i < nr; i++) {
+			int ret = add_run(scan, regions[i].start, regions[i].end, err);
+
+			if (ret < 0)
+				return ret;
+		}
+	}
+	return 0;
+}
+
+static int is_wanted(const struct scan *scan, uint64_t entry)
+{
+	if (scan->what == GR_SCAN_GUARD)
+		return (entry & PM_GUARD) != 0;
+	if (!(entry & (PM_PRESENT | PM_SWAP)) || (entry & (PM_FILE | PM_GUARD)))
+		return 0;
+	return !(entry & PM_PRESENT) || !scan->zero_pfn || (entry & PM_PFN) != scan->zero_pfn;
+}
+
+static int scan_by_reading(struct scan *scan, uint64_t start, uint64_t end, struct gr_error *err)
+{
+	uint64_t *entries = scan->buffer;
+
+	while (start < end) {
+		uint64_t nr = (end - start) / PAGE_BYTES;
+		ssize_t got;
+
+		if (cancelled(scan))
+			return gr_fail(err, ECANCELED, "scanning the pages of task %d", scan->pid);
+		if (nr > ENTRIES)
+			nr = ENTRIES;
+		got = pread(scan->fd, entries, nr * 8, (off_t)(start / PAGE_BYTES * 8));
+		if (got < 8)
+			return gr_fail(err, got < 0 ? errno : EIO, "reading /proc/%d/pagemap at %#lx", scan->pid,
+				       start);
+		nr = (uint64_t)got / 8;
+		for (uint64_t i = 0; i < nr; i++) {
+			int ret = 0;
+
+			if (is_wanted(scan, entries[i]))
+				ret = add_run(scan, start + i * PAGE_BYTES, start + (i + 1) * PAGE_BYTES, err);
+			if (ret < 0)
+				return ret;
+		}
+		start += nr * PAGE_BYTES;
+	}
+	return 0;
+}
+
+/* The frame of the zero page, or 0 where the kernel hides frame numbers (zero pages are then stored as data). */
+static uint64_t find_zero_pfn(void)
+{
+	uint64_t entry = 0;
+	GR_CLOSE int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	volatile char *page = mmap(NULL, PAGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (page == MAP_FAILED)
+		return 0;
+	(void)*page;
+	if (fd < 0 || pread(fd, &entry, 8, (off_t)((uint64_t)page / PAGE_BYTES * 8)) != 8)
+		entry = 0;
+	munmap((void *)page, PAGE_BYTES);
+	return entry & PM_PFN;
+}
+
+static int scan_ranges(struct scan *scan, const uint64_t *starts, const uint64_t *ends, uint32_t nr_ranges, int how,
+		       struct gr_error *err)
+{
+	int with_guards = how != GR_SCAN_READ && probe_ioctl(scan->fd, scan->what, 1);
+	int use_ioctl = with_guards || (how != GR_SCAN_READ && probe_ioctl(scan->fd, scan->what, 0));
+
+	if (how == GR_SCAN_IOCTL && !use_ioctl)
+		return gr_fail(err, EOPNOTSUPP, "asking for PAGEMAP_SCAN");
+	if (!use_ioctl)
+		scan->zero_pfn = find_zero_pfn();
+	for (uint32_t i = 0; i < nr_ranges; i++) {
+		int ret;
+
+		scan->range_start = starts[i];
+		ret = use_ioctl ? scan_by_ioctl(scan, starts[i], ends[i], with_guards, err) :
+				  scan_by_reading(scan, starts[i], ends[i], err);
+		if (ret < 0)
+			return ret;
+	}
+	return 0;
+}
+
+int gr_pagescan(int pid, const uint64_t *starts, const uint64_t *ends, uint32_t nr_ranges, int what, int how,
+		int *cancel, struct gr_page_runs *out, struct gr_error *err)
+{
+	char path[48];
+	GR_CLOSE int fd = -1;
+	struct scan scan = { .pid = pid, .what = what, .cancel = cancel, .out = out };
+	int ret;
+
+	memset(out, 0, sizeof(*out));
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return gr_fail(err, errno, "opening %s", path);
+	scan.fd = fd;
+	scan.buffer = malloc(ENTRIES * 8);
+	if (!scan.buffer)
+		return gr_fail(err, ENOMEM, "scanning the pages of task %d", pid);
+	ret = scan_ranges(&scan, starts, ends, nr_ranges, how, err);
+	free(scan.buffer);
+	if (ret < 0)
+		gr_page_runs_destroy(out);
+	return ret;
+}
+
+void gr_page_runs_destroy(struct gr_page_runs *runs)
+{
+	free(runs->vaddrs);
+	free(runs->nr_pages);
+	memset(runs, 0, sizeof(*runs));
+}
