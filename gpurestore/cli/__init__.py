@@ -1,8 +1,109 @@
-"""The command line."""
+"""The command line: one module per command, and one place where errors become a line and an exit code.
+
+Exit codes: 0 done; 1 failed, and the tree is as it was before; 2 usage; 3 failed and something needs a person;
+130 interrupted and undone. ``gpurestore restore`` in front of a tree ends with the tree's own exit status.
+
+Only what every call needs is imported here: commands import the rest when they run.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
-def main(argv: list[str] | None = None) -> int:
+from gpurestore.errors import GpurestoreError
+
+_DESCRIPTION = """\
+Freeze a running process tree, write it to images, and bring it back - on this machine or another one."""
+
+_EPILOG = """\
+A first look:
+  gpurestore check                      what this machine allows
+  gpurestore dump -t PID -D images      freeze, write and end the tree of PID
+  gpurestore restore -D images          bring it back and stay in front of it
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        name = self.prog.replace(" ", ": ")
+        self.exit(2, f"{name}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    from gpurestore import __version__
+    from gpurestore.cli import check, demo, dump, inspect, restore
+
+    parser = Parser(
+        prog="gpurestore",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gpurestore {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for module in (dump, restore, inspect, check, demo):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    raise NotImplementedError
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except BaseException as error:
+        return _report(args.command, error)
+
+
+def _report(command: str, error: BaseException) -> int:
+    """One line on stderr that says what went wrong, and the exit code for it."""
+    cause = _worst(error)
+    if isinstance(cause, SystemExit):
+        raise cause
+    if isinstance(cause, KeyboardInterrupt):
+        text, code = "interrupted", 130
+    elif isinstance(cause, GpurestoreError):
+        text, code = str(cause), cause.exit_code
+    elif isinstance(cause, BrokenPipeError):
+        return _output_gone()
+    else:
+        text, code = f"internal error, please report it: {type(cause).__name__}: {cause}", 1
+        _log_traceback(error)
+    sys.stderr.write(f"gpurestore: {command}: {' '.join(text.split())}\n")
+    return code
+
+
+def _worst(error: BaseException) -> BaseException:
+    """Of a group of errors from concurrent stages the one to report: what needs a person, else the first of ours."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_worst(part) for part in error.exceptions]
+    ours = [leaf for leaf in leaves if isinstance(leaf, GpurestoreError)]
+    if any(not isinstance(leaf, GpurestoreError) for leaf in leaves):
+        foreign = [leaf for leaf in leaves if not isinstance(leaf, GpurestoreError | KeyboardInterrupt)]
+        urgent = [leaf for leaf in ours if leaf.exit_code == 3]
+        return (urgent or foreign or ours or leaves)[0]
+    return max(ours, key=lambda leaf: leaf.exit_code == 3)
+
+
+def _log_traceback(error: BaseException) -> None:
+    import logging
+
+    log = logging.getLogger("gpurestore")
+    log.log(logging.ERROR if log.handlers else logging.DEBUG, "internal error", exc_info=error)
+
+
+def _output_gone() -> int:
+    """Whoever read our output closed it (``| head``): end quietly, and let the interpreter's last flush go nowhere."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -1,0 +1,58 @@
+"""``gpurestore dump``: freeze a tree, write its images, then end it or let it go on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpurestore.cli.options import Commands, add_command, add_run_options, positive, print_json, set_up_log
+
+if TYPE_CHECKING:
+    from gpurestore.pipeline.dump import DumpResult
+    from gpurestore.pipeline.progress import Progress
+
+_DESCRIPTION = """\
+Freeze the process PID with all its descendants, write everything they are made of to the folder DIR, and end them.
+Whatever goes wrong, and also when this command is killed, the tree runs on and DIR does not appear."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(commands, "dump", "freeze a process tree and write it to images", _DESCRIPTION)
+    parser.add_argument("-t", "--tree", metavar="PID", type=positive, required=True, help="root of the tree")
+    parser.add_argument(
+        "-D", "--images-dir", metavar="DIR", type=Path, required=True, help="folder for the images: new, or empty"
+    )
+    after = parser.add_mutually_exclusive_group()
+    after.add_argument("-R", "--leave-running", action="store_true", help="let the tree go on afterwards")
+    after.add_argument("-s", "--leave-stopped", action="store_true", help="leave the tree stopped (SIGCONT wakes it)")
+    parser.add_argument(
+        "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader is outside of it"
+    )
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    set_up_log(args.log_file, args.verbose)
+    from gpurestore.cli.running import run_operation
+    from gpurestore.pipeline.dump import dump
+
+    async def operation(progress: Progress | None) -> DumpResult:
+        return await dump(
+            args.tree,
+            args.images_dir,
+            leave_running=args.leave_running,
+            leave_stopped=args.leave_stopped,
+            shell_job=args.shell_job,
+            jobs=args.jobs,
+            trace=args.trace,
+            progress=progress,
+        )
+
+    result = run_operation("dump", operation)
+    if args.json:
+        print_json(result)
+    return 0

@@ -1,0 +1,88 @@
+"""``gpurestore restore``: bring a tree back, and stay in front of it or leave it to itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpurestore.cli.options import Commands, add_command, add_run_options, print_json, set_up_log
+
+if TYPE_CHECKING:
+    from gpurestore.pipeline.progress import Progress
+    from gpurestore.pipeline.restore import RestoreResult
+
+_DESCRIPTION = """\
+Bring back the tree whose images are in the folder DIR. Everything that can be checked is checked first, and all
+obstacles are named at once. If it fails half-way nothing is left behind; the images are never touched.
+
+Without -d the command stays in front: signals that it gets are passed on to the tree's root task, and it ends with that
+task's exit status."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(commands, "restore", "bring a process tree back from its images", _DESCRIPTION)
+    parser.add_argument("-D", "--images-dir", metavar="DIR", type=Path, required=True, help="folder with the images")
+    parser.add_argument(
+        "-d", "--restore-detached", action="store_true", help="leave the tree to itself once it runs, and end"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--parallel", action="store_true", help="all tasks and devices at the same time (the default)")
+    how.add_argument("--serial", action="store_true", help="one stage after the other, to compare with")
+    parser.add_argument("--pidfile", metavar="FILE", type=Path, help="write the root task's pid to FILE")
+    parser.add_argument(
+        "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader was outside of it"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    set_up_log(args.log_file, args.verbose)
+    if args.dry_run:
+        return _print_plan(args)
+    from gpurestore.cli.running import run_operation
+    from gpurestore.pipeline.restore import restore
+
+    async def operation(progress: Progress | None) -> RestoreResult:
+        return await restore(
+            args.images_dir,
+            serial=args.serial,
+            jobs=args.jobs,
+            shell_job=args.shell_job,
+            verify=not args.no_verify,
+            pidfile=args.pidfile,
+            detached=args.restore_detached,
+            trace=args.trace,
+            progress=progress,
+        )
+
+    if args.restore_detached:
+        _show(args, run_operation("restore", operation))
+        return 0
+
+    from gpurestore.cli.foreground import Foreground
+
+    # Signals count from now on: those that end the restore while it is under way, and all others are kept for the
+    # tree until it is there.
+    with Foreground() as foreground:
+        result = run_operation("restore", operation)
+        _show(args, result)
+        return foreground.follow(result.root_pid)
+
+
+def _show(args: argparse.Namespace, result: RestoreResult) -> None:
+    if args.json:
+        print_json(result)
+
+
+def _print_plan(args: argparse.Namespace) -> int:
+    from gpurestore.pipeline.restore import plan_text
+
+    sys.stdout.write(plan_text(args.images_dir, shell_job=args.shell_job, verify=not args.no_verify))
+    return 0

@@ -1,0 +1,54 @@
+"""Running an operation from the command line: Ctrl-C undoes it, and a terminal shows how far it is."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from gpurestore.errors import CancelledError
+from gpurestore.pipeline.progress import Progress
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Result = TypeVar("Result")
+
+
+def run_operation(title: str, operation: Callable[[Progress | None], Awaitable[Result]]) -> Result:
+    """Run ``operation`` under trio until it is done or one of the ending signals cancels it.
+
+    An operation cleans up after itself when it is cancelled; CancelledError says that it did. One that finished
+    although a signal had come has finished: its result is returned.
+    """
+    return trio.run(_supervised, title, operation, restrict_keyboard_interrupt_to_checkpoints=True)
+
+
+async def _supervised(title: str, operation: Callable[[Progress | None], Awaitable[Result]]) -> Result:
+    progress = Progress.for_terminal(f"gpurestore {title}", sys.stderr)
+    scope = trio.CancelScope()
+    received: list[signal.Signals] = []
+    results: list[Result] = []
+    with trio.open_signal_receiver(*ENDING_SIGNALS) as signals:
+        async with trio.open_nursery() as helpers:
+            helpers.start_soon(_cancel_on_signal, signals, scope, received)
+            if progress is not None:
+                helpers.start_soon(progress.run)
+            try:
+                with scope:
+                    results.append(await operation(progress))
+            finally:
+                helpers.cancel_scope.cancel()
+    if results:
+        return results[0]
+    raise CancelledError(f"interrupted by {received[0].name}; everything was put back as it was before")
+
+
+async def _cancel_on_signal(
+    signals: AsyncIterator[int], scope: trio.CancelScope, received: list[signal.Signals]
+) -> None:
+    async for number in signals:
+        received.append(signal.Signals(number))
+        scope.cancel()
