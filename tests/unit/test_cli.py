@@ -1,0 +1,237 @@
+"""The command line: options, exit codes, and one clear line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import trio
+
+import gpurestore
+from gpurestore.cli import main
+from gpurestore.cli.options import to_data
+from gpurestore.errors import Finding, GpurestoreError, NeedsPersonError, RestoreCheckError, UsageError
+
+
+@dataclass(frozen=True)
+class Result:
+    root_pid: int
+    images: Path
+
+
+class FakePipeline:
+    """Stands for a pipeline module: records the call, then returns, raises or waits."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.error: BaseException | None = None
+        self.wait_forever = False
+        self.cleaned = False
+        module = ModuleType(f"gpurestore.pipeline.{name}")
+        setattr(module, name, self.run)
+        module.plan_text = lambda folder, **kwargs: f"plan of {folder}\n"  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    async def run(self, *args: Any, **kwargs: Any) -> Result:
+        self.calls.append((args, kwargs))
+        if self.error is not None:
+            raise self.error
+        if self.wait_forever:
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.cleaned = True
+        await trio.lowlevel.checkpoint()
+        return Result(4321, Path("/images"))
+
+
+@pytest.fixture
+def dump(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    return FakePipeline("dump", monkeypatch)
+
+
+@pytest.fixture
+def restore(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    return FakePipeline("restore", monkeypatch)
+
+
+def exit_code_of(argv: list[str]) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
+    assert main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json"]) == 0
+    args, kwargs = dump.calls[0]
+    assert args == (12, Path("dir"))
+    assert kwargs == {
+        "leave_running": True,
+        "leave_stopped": False,
+        "shell_job": True,
+        "jobs": 3,
+        "trace": Path("t.json"),
+        "progress": None,
+    }
+
+
+def test_restore_is_parallel_and_verified_unless_told_otherwise(restore: FakePipeline) -> None:
+    assert main(["restore", "-D", "dir", "-d"]) == 0
+    assert main(["restore", "-D", "dir", "-d", "--serial", "--no-verify", "--pidfile", "p"]) == 0
+    first, second = restore.calls[0][1], restore.calls[1][1]
+    assert (first["serial"], first["verify"], first["pidfile"], first["detached"]) == (False, True, None, True)
+    assert (second["serial"], second["verify"], second["pidfile"]) == (True, False, Path("p"))
+
+
+def test_json_is_one_object_on_one_line(restore: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["restore", "-D", "dir", "-d", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"root_pid": 4321, "images": "/images"}
+
+
+def test_a_dry_run_prints_the_plan_and_restores_nothing(
+    restore: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["restore", "-D", "dir", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "plan of dir\n"
+    assert restore.calls == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["dump", "-D", "d"], "gpurestore: dump: the following arguments are required: -t/--tree"),
+        (["dump", "-t", "-5", "-D", "d"], "gpurestore: dump: argument -t/--tree: "),
+        (["dump", "-t", "0", "-D", "d"], "gpurestore: dump: argument -t/--tree: '0' is not a whole number above 0"),
+        (["dump", "-t", "1x", "-D", "d"], "gpurestore: dump: argument -t/--tree: '1x' is not a whole number above 0"),
+        (["dump", "-t", "1", "-D", "d", "-R", "-s"], "gpurestore: dump: argument -s/--leave-stopped: not allowed with"),
+        (["restore", "-D", "d", "--parallel", "--serial"], "gpurestore: restore: argument --serial: not allowed with"),
+        (["restore", "-D", "d", "--jobs", "0"], "gpurestore: restore: argument --jobs: '0' is not a whole number"),
+        (["fly"], "gpurestore: argument COMMAND: invalid choice: 'fly'"),
+        ([], "gpurestore: the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(complaint)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (GpurestoreError("no space left\nin /x"), "gpurestore: dump: no space left in /x\n", 1),
+        (UsageError("not empty"), "gpurestore: dump: not empty\n", 2),
+        (NeedsPersonError("kill 12"), "gpurestore: dump: kill 12\n", 3),
+        (RestoreCheckError("bad", [Finding("pid 1", "a", "b")]), "gpurestore: dump: bad; pid 1: a: b\n", 1),
+        (KeyboardInterrupt(), "gpurestore: dump: interrupted\n", 130),
+        (ExceptionGroup("g", [GpurestoreError("first"), GpurestoreError("second")]), "gpurestore: dump: first\n", 1),
+        (
+            ExceptionGroup("g", [GpurestoreError("a"), ExceptionGroup("h", [NeedsPersonError("b")])]),
+            "gpurestore: dump: b\n",
+            3,
+        ),
+        (
+            ExceptionGroup("g", [GpurestoreError("a"), ValueError("b")]),
+            "gpurestore: dump: internal error, please report it: ValueError: b\n",
+            1,
+        ),
+    ],
+)
+def test_every_failure_is_one_line_with_its_exit_code(
+    error: BaseException, line: str, code: int, dump: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump.error = error
+    assert main(["dump", "-t", "12", "-D", "dir"]) == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cancels_the_operation_after_its_cleanup(
+    number: signal.Signals, dump: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump.wait_forever = True
+
+    def interrupt() -> None:
+        while not dump.calls:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    code = main(["dump", "-t", "12", "-D", "dir"])
+    helper.join()
+    assert code == 130
+    assert dump.cleaned
+    err = capsys.readouterr().err
+    assert err == f"gpurestore: dump: interrupted by {number.name}; everything was put back as it was before\n"
+
+
+def test_the_log_goes_to_a_file_in_the_current_folder(
+    dump: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+
+    monkeypatch.chdir(tmp_path)
+    log = logging.getLogger("gpurestore")
+    monkeypatch.setattr(log, "handlers", [])
+    assert main(["dump", "-t", "12", "-D", "dir", "-o", "dump.log", "-vv"]) == 0
+    log.debug("every detail")
+    for handler in log.handlers:
+        handler.close()
+    assert "DEBUG    every detail" in (tmp_path / "dump.log").read_text()
+
+
+def test_a_log_that_cannot_be_written_is_a_usage_error(
+    dump: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dump", "-t", "12", "-D", "dir", "-o", str(tmp_path / "none" / "log")]) == 2
+    assert "cannot write the log" in capsys.readouterr().err
+    assert dump.calls == []
+
+
+def test_results_become_plain_json_values() -> None:
+    assert to_data({"a": (Path("/x"), b"\x01", {1: Result(1, Path("y"))}, None, 1.5)}) == {
+        "a": ["/x", "01", {"1": {"root_pid": 1, "images": "y"}}, None, 1.5]
+    }
+
+
+def test_the_public_names_are_there_and_others_are_not() -> None:
+    assert gpurestore.GpurestoreError is GpurestoreError
+    assert "dump" in dir(gpurestore)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        gpurestore.nothing  # noqa: B018
+
+
+def test_the_version_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "from gpurestore.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} & "
+        "{'trio', 'cffi', 'google', 'xxhash', 'logging', 'json', 'subprocess', 'numpy', 'asyncio'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"gpurestore {gpurestore.__version__}\n[]\n"
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "gpurestore", "fly"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpurestore: argument COMMAND")
