@@ -46,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
     set_up_log(args.log_file, args.verbose)
     if args.dry_run:
         return _print_plan(args)
+    from gpurestore.namespaces import require_restore_rights
+
+    require_restore_rights()
     from gpurestore.cli.running import run_operation
     from gpurestore.pipeline.restore import restore
 

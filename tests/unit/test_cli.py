@@ -62,6 +62,7 @@ def dump(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 @pytest.fixture
 def restore(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    monkeypatch.setattr("gpurestore.namespaces._effective_capabilities", lambda: (1 << 64) - 1)
     return FakePipeline("restore", monkeypatch)
 
 
@@ -92,6 +93,16 @@ def test_restore_is_parallel_and_verified_unless_told_otherwise(restore: FakePip
     first, second = restore.calls[0][1], restore.calls[1][1]
     assert (first["serial"], first["verify"], first["pidfile"], first["detached"]) == (False, True, None, True)
     assert (second["serial"], second["verify"], second["pidfile"]) == (True, False, Path("p"))
+
+
+def test_restore_without_the_right_says_which_and_how_to_get_it(
+    restore: FakePipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gpurestore.namespaces._effective_capabilities", lambda: 0)
+    assert main(["restore", "-D", "dir", "-d"]) == 1
+    assert "needs CAP_CHECKPOINT_RESTORE" in capsys.readouterr().err
+    assert restore.calls == []
+    assert main(["restore", "-D", "dir", "--dry-run"]) == 0
 
 
 def test_json_is_one_object_on_one_line(restore: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:

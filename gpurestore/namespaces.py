@@ -1,0 +1,250 @@
+"""A user and pid namespace of one's own: how an ordinary user gets the rights that a restore needs.
+
+    python -m gpurestore.namespaces -- COMMAND [ARGUMENT...]
+
+runs COMMAND where it may choose pids (``clone3`` with ``set_tid``) and holds every capability over what is inside:
+the same numeric user and group, a pid namespace with a small init as pid 1, and a fresh /proc. Dump and restore in
+there work on the caller's own trees. Who has these rights already (root) runs COMMAND directly.
+
+When COMMAND ends, whatever it left behind ends with the namespace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gpurestore.errors import GpurestoreError, PrivilegeError, UsageError
+
+_CLONE_NEWNS = 0x00020000
+_CLONE_NEWUSER = 0x10000000
+_CLONE_NEWPID = 0x20000000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
+_PR_SET_PDEATHSIG = 1
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
+_NR_CAPGET, _NR_CAPSET = 125, 126
+_CAP_VERSION_3 = 0x20080522
+
+CAP_SYS_ADMIN = 21
+CAP_CHECKPOINT_RESTORE = 40
+
+# Sent by people, schedulers and shells. Those that stop and continue a job act on each process by themselves.
+_FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+)
+_SI_KERNEL = 0x80
+
+
+def may_restore() -> bool:
+    """Whether this process holds a capability with which a restore can give tasks their old pids."""
+    effective = _effective_capabilities()
+    return bool(effective & (1 << CAP_SYS_ADMIN | 1 << CAP_CHECKPOINT_RESTORE))
+
+
+def require_restore_rights() -> None:
+    """Raise PrivilegeError, which says what to do, unless this process may restore."""
+    if not may_restore():
+        raise PrivilegeError(
+            "no right to restore: giving tasks their old pids needs CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN); run as "
+            "root, or run the job, its dump and its restore inside 'python -m gpurestore.namespaces -- COMMAND'"
+        )
+
+
+def run(command: Sequence[str]) -> int:
+    """Run ``command`` in namespaces of its own and return its exit code (128 + n when signal n ended it).
+
+    The caller must have a single thread, and should end afterwards: it has moved into the new user namespace.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    _unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID)
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    except OSError as error:
+        raise PrivilegeError(
+            f"cannot map uid {uid} into a user namespace: {error.strerror}; {_remedy()}, or run as root"
+        ) from error
+    reports, report = os.pipe()  # what went wrong inside; empty when nothing did
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    caller = os.getpid()
+    init = os.fork()
+    if init == 0:
+        os.close(reports)
+        _be_init(command, report, before, caller)
+    os.close(report)
+    try:
+        code = _wait_and_forward(init)
+        complaint = os.read(reports, 4096).decode()
+    finally:
+        os.close(reports)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if complaint:
+        raise PrivilegeError(complaint)
+    return code
+
+
+def _be_init(command: Sequence[str], report: int, mask: Iterable[int], caller: int) -> None:
+    """Pid 1: prepare the namespaces, start the command, reap until it ends. Never returns."""
+    code = 1
+    try:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.set_inheritable(report, False)
+        _fresh_proc()
+        _keep_capabilities()
+        child = os.fork()
+        if child == 0:
+            _exec(command, report, mask)
+        os.close(report)
+        code = _wait_and_forward(child)
+    except GpurestoreError as error:
+        os.write(report, str(error).encode()[:4096])
+    finally:
+        os._exit(code)
+
+
+def _exec(command: Sequence[str], report: int, mask: Iterable[int]) -> None:
+    """Become the command; 127 and 126 as shells have it. Never returns."""
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.execvp(command[0], list(command))
+    except OSError as error:
+        sys.stderr.write(f"gpurestore: cannot run {command[0]}: {error.strerror}\n")
+        sys.stderr.flush()
+        os._exit(127 if error.errno == errno.ENOENT else 126)
+    finally:
+        os._exit(126)
+
+
+def _wait_and_forward(child: int) -> int:
+    """Reap everything and pass signals on until ``child`` ends; its exit code. The signals are blocked."""
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        if pid:
+            continue
+        info = signal.sigwaitinfo({*_FORWARDED, signal.SIGCHLD})
+        # What the terminal sends (Ctrl-C) goes to every process of the job anyway.
+        if info.si_signo != signal.SIGCHLD and info.si_code != _SI_KERNEL:
+            os.kill(child, info.si_signo)
+
+
+def _fresh_proc() -> None:
+    libc = _libc()
+    if libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None) != 0:
+        raise PrivilegeError(f"no mounts of one's own in a user namespace: {_last_error()}; {_remedy()}")
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    if libc.mount(b"proc", b"/proc", b"proc", flags, None) != 0:
+        raise PrivilegeError(
+            f"cannot mount /proc in a user namespace: {_last_error()}; this container hides parts of /proc: start it "
+            "with 'podman run --security-opt unmask=ALL' or 'docker run --security-opt systempaths=unconfined', "
+            "or run as root with CAP_SYS_ADMIN"
+        )
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+def _keep_capabilities() -> None:
+    """Make all capabilities ambient, so that they survive exec although the user is not root."""
+    libc = _libc()
+    header = _CapHeader(_CAP_VERSION_3, 0)
+    data = (_CapData * 2)()
+    if libc.syscall(_NR_CAPGET, ctypes.byref(header), data) != 0:
+        raise PrivilegeError(f"cannot read capabilities: {_last_error()}")
+    for word in data:
+        word.inheritable = word.permitted
+    if libc.syscall(_NR_CAPSET, ctypes.byref(header), data) != 0:
+        raise PrivilegeError(f"cannot keep capabilities over exec: {_last_error()}")
+    permitted = data[0].permitted | data[1].permitted << 32
+    for capability in range(permitted.bit_length()):
+        if permitted >> capability & 1:
+            _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
+
+
+def _unshare(flags: int) -> None:
+    if _libc().unshare(flags) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.EINVAL:
+        raise UsageError("a process with several threads cannot enter a user namespace")
+    raise PrivilegeError(f"no user namespace for an ordinary user: {os.strerror(number)}; {_remedy()}, or run as root")
+
+
+def _remedy() -> str:
+    """Which switch of this machine forbids user namespaces, and how root turns it."""
+    for name, bad in (
+        ("kernel.unprivileged_userns_clone", "0"),
+        ("user.max_user_namespaces", "0"),
+        ("kernel.apparmor_restrict_unprivileged_userns", "1"),
+    ):
+        try:
+            value = Path("/proc/sys", *name.split(".")).read_text().strip()
+        except OSError:
+            continue
+        if value == bad:
+            good = {"kernel.unprivileged_userns_clone": "1", "user.max_user_namespaces": "15000"}.get(name, "0")
+            return f"{name} is {value}: as root, 'sysctl -w {name}={good}'"
+    return "a container's seccomp or security policy forbids it: allow unshare(CLONE_NEWUSER) there"
+
+
+def _effective_capabilities() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def _prctl(option: int, *args: int) -> None:
+    words = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
+    if _libc().prctl(option, *words) != 0:
+        raise PrivilegeError(f"prctl {option}: {_last_error()}")
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _last_error() -> str:
+    return os.strerror(ctypes.get_errno())
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line of this module."""
+    command = list(argv[1:] if argv[:1] == ["--"] else argv)
+    if not command or command[0] in ("-h", "--help"):
+        sys.stderr.write("usage: python -m gpurestore.namespaces -- COMMAND [ARGUMENT...]\n")
+        return 0 if command else 2
+    try:
+        if may_restore():
+            os.execvp(command[0], command)
+        return run(command)
+    except GpurestoreError as error:
+        sys.stderr.write(f"gpurestore: {error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"gpurestore: cannot run {command[0]}: {error.strerror}\n")
+        return 127 if error.errno == errno.ENOENT else 126
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
