@@ -192,7 +192,7 @@ class pagemap_entry(Message):
     NR_PAGES_FIELD_NUMBER: int
     vaddr: int
     compat_nr_pages: int
-    """low 32 bits of nr_pages, for readers that know no more"""
+    """nr_pages where it fits, for readers that know no other"""
     in_parent: bool
     """old: now a flag"""
     flags: int
