@@ -47,7 +47,7 @@ def main() -> int:
         bin_folder = Path(folder) / "bin"
         subprocess.run([bin_folder / "pip", "install", "--quiet", *TOOLS], check=True)
         command = [
-            bin_folder / "python",
+            str(bin_folder / "python"),
             "-m",
             "grpc_tools.protoc",
             f"--plugin={bin_folder / 'protoc-gen-mypy'}",
