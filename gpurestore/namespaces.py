@@ -49,7 +49,7 @@ _SI_KERNEL = 0x80
 
 def may_restore() -> bool:
     """Whether this process holds a capability with which a restore can give tasks their old pids."""
-    effective = _effective_capabilities()
+    effective = effective_capabilities()
     return bool(effective & (1 << CAP_SYS_ADMIN | 1 << CAP_CHECKPOINT_RESTORE))
 
 
@@ -207,7 +207,8 @@ def _remedy() -> str:
     return "a container's seccomp or security policy forbids it: allow unshare(CLONE_NEWUSER) there"
 
 
-def _effective_capabilities() -> int:
+def effective_capabilities() -> int:
+    """The capabilities that count right now, one bit each."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)

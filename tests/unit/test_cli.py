@@ -62,7 +62,7 @@ def dump(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 @pytest.fixture
 def restore(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    monkeypatch.setattr("gpurestore.namespaces._effective_capabilities", lambda: (1 << 64) - 1)
+    monkeypatch.setattr("gpurestore.namespaces.effective_capabilities", lambda: (1 << 64) - 1)
     return FakePipeline("restore", monkeypatch)
 
 
@@ -98,7 +98,7 @@ def test_restore_is_parallel_and_verified_unless_told_otherwise(restore: FakePip
 def test_restore_without_the_right_says_which_and_how_to_get_it(
     restore: FakePipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gpurestore.namespaces._effective_capabilities", lambda: 0)
+    monkeypatch.setattr("gpurestore.namespaces.effective_capabilities", lambda: 0)
     assert main(["restore", "-D", "dir", "-d"]) == 1
     assert "needs CAP_CHECKPOINT_RESTORE" in capsys.readouterr().err
     assert restore.calls == []

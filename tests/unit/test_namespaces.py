@@ -115,10 +115,10 @@ def test_everything_ends_when_the_outermost_process_is_killed() -> None:
 
 
 def test_the_error_of_an_ordinary_user_names_the_right_and_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespaces, "_effective_capabilities", lambda: 0)
+    monkeypatch.setattr(namespaces, "effective_capabilities", lambda: 0)
     with pytest.raises(PrivilegeError, match=r"CAP_CHECKPOINT_RESTORE.*python -m gpurestore\.namespaces"):
         namespaces.require_restore_rights()
-    monkeypatch.setattr(namespaces, "_effective_capabilities", lambda: 1 << namespaces.CAP_CHECKPOINT_RESTORE)
+    monkeypatch.setattr(namespaces, "effective_capabilities", lambda: 1 << namespaces.CAP_CHECKPOINT_RESTORE)
     namespaces.require_restore_rights()
 
 

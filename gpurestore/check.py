@@ -1,0 +1,348 @@
+"""What this machine allows: each thing that a dump or a restore needs is tried, not looked up.
+
+Every check is a function that returns None when all is well or says what is missing; :data:`CHECKS` names it, says how
+to mend it and whether anything works without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import resource
+import signal
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpurestore import namespaces
+from gpurestore.syscalls import NR
+
+_PAGE = 4096
+_PTRACE_SEIZE, _PTRACE_DETACH = 0x4206, 17
+_CAPABILITIES = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_CHECKPOINT_RESTORE": 40}
+# linux/userfaultfd.h and linux/fs.h
+_UFFD_USER_MODE_ONLY = 1
+_UFFDIO_API = 0xC018AA3F
+_UFFD_API = 0xAA
+_UFFD_FEATURE_WP_ASYNC = 1 << 15
+_PAGEMAP_SCAN = 0xC0606610
+_KCMP_FILE = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One line of the report. ``required``: no dump or restore works without."""
+
+    name: str
+    ok: bool
+    required: bool
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What is tried, what it is needed for, and what to do when it is missing."""
+
+    name: str
+    probe: Callable[[], str | None]
+    purpose: str
+    remedy: str
+    required: bool = True
+
+
+def check_all() -> list[CheckResult]:
+    """Try everything; takes a few milliseconds and changes nothing."""
+    return [_run(check) for check in CHECKS]
+
+
+def _run(check: Check) -> CheckResult:
+    try:
+        missing = check.probe()
+    except OSError as error:
+        missing = os.strerror(error.errno) if error.errno else str(error)
+    if missing is None:
+        return CheckResult(check.name, True, check.required, check.purpose, "")
+    return CheckResult(check.name, False, check.required, f"{missing}; {check.purpose}", check.remedy)
+
+
+def format_report(results: Iterable[CheckResult]) -> str:
+    """The report as text, one line each, with the remedy below what is missing."""
+    results = list(results)
+    width = max(len(result.name) for result in results)
+    lines = []
+    for result in results:
+        state = "ok" if result.ok else "MISSING" if result.required else "missing"
+        lines.append(f"{state:<8}{result.name:<{width}}  {result.detail}")
+        if not result.ok:
+            lines.append(f"{'':<{width + 10}}-> {result.remedy}")
+    needed = [result.name for result in results if not result.ok and result.required]
+    lines.append(f"\nnot ready: {', '.join(needed)}" if needed else "\nready to dump and restore")
+    return "\n".join(lines) + "\n"
+
+
+def _syscall(number: NR, *args: object) -> int:
+    """The raw call; raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    words = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    result = int(libc.syscall(ctypes.c_long(number), *words))
+    if result < 0:
+        number_of_error = ctypes.get_errno()
+        raise OSError(number_of_error, os.strerror(number_of_error))
+    return result
+
+
+class _Child:
+    """A child that does nothing, to try things on."""
+
+    def __enter__(self) -> int:
+        self.pid = os.fork()
+        if self.pid == 0:
+            while True:
+                signal.pause()
+        return self.pid
+
+    def __exit__(self, *_: object) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def _machine() -> str | None:
+    return None if platform.machine() == "x86_64" else f"this is {platform.machine()}"
+
+
+def _kernel() -> str | None:
+    release = platform.release()
+    major, minor = (int("".join(c for c in part if c.isdigit()) or 0) for part in release.split(".")[:2])
+    return None if (major, minor) >= (5, 14) else f"this is {release}"
+
+
+def _ptrace() -> str | None:
+    with _Child() as pid:
+        _syscall(NR.PTRACE, _PTRACE_SEIZE, pid, 0, 0)
+    return None
+
+
+def _yama() -> str | None:
+    """0 or absent: any own process; 1: own descendants, or with the capability; 2: capability; 3: nobody."""
+    try:
+        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except FileNotFoundError:
+        return None
+    if scope == 0 or (scope < 3 and _holds("CAP_SYS_PTRACE")):
+        return None
+    return f"kernel.yama.ptrace_scope is {scope}"
+
+
+def _choose_pid() -> str | None:
+    # Pid 1 is taken in every namespace: EEXIST shows that we were allowed to ask for it.
+    pids = (ctypes.c_int * 1)(1)
+    fields = [0] * 11
+    fields[4] = signal.SIGCHLD
+    fields[8], fields[9] = ctypes.addressof(pids), 1
+    args = struct.pack("=11Q", *fields)
+    try:
+        pid = _syscall(NR.CLONE3, ctypes.c_char_p(args), len(args))
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            return None
+        return "not permitted" if error.errno == errno.EPERM else os.strerror(error.errno or 0)
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _checkpoint_feature() -> str | None:
+    """What only a kernel with CONFIG_CHECKPOINT_RESTORE has: the files of mappings, and comparing descriptors."""
+    if not Path("/proc/self/task", str(os.getpid()), "children").exists():
+        return "the kernel was built without CONFIG_CHECKPOINT_RESTORE or CONFIG_PROC_CHILDREN"
+    os.listdir("/proc/self/map_files")
+    return None
+
+
+def _kcmp() -> str | None:
+    with _Child() as pid:
+        if _syscall(NR.KCMP, os.getpid(), pid, _KCMP_FILE, 0, 0) != 0:
+            return "it does not see that two processes share a description"
+    return None
+
+
+def _pidfd_getfd() -> str | None:
+    with _Child() as pid:
+        pidfd = os.pidfd_open(pid)
+        try:
+            os.close(_syscall(NR.PIDFD_GETFD, pidfd, 0, 0))
+        except OSError as error:
+            if error.errno != errno.EBADF:  # descriptor 0 may be closed; being told so is permission enough
+                raise
+        finally:
+            os.close(pidfd)
+    return None
+
+
+def _pagemap_scan() -> str | None:
+    region = ctypes.create_string_buffer(64)
+    start = ctypes.addressof(region) & ~(_PAGE - 1)
+    # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages, 4 category masks
+    argument = bytearray(struct.pack("=12Q", 96, 0, start, start + _PAGE, 0, 0, 0, 0, 0, 0, 0, 0))
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
+    return None
+
+
+def _write_protect() -> str | None:
+    fd = _syscall(NR.USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
+    try:
+        request = bytearray(struct.pack("=3Q", _UFFD_API, _UFFD_FEATURE_WP_ASYNC, 0))
+        fcntl.ioctl(fd, _UFFDIO_API, request)
+    finally:
+        os.close(fd)
+    return None
+
+
+def _io_uring() -> str | None:
+    parameters = ctypes.create_string_buffer(120)
+    os.close(_syscall(NR.IO_URING_SETUP, 2, parameters))
+    return None
+
+
+def _huge_pages() -> str | None:
+    text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    return "they are switched off" if "[never]" in text else None
+
+
+def _freezer() -> str | None:
+    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        return "cgroup v2 is not mounted at /sys/fs/cgroup"
+    own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1]
+    if not os.access(Path("/sys/fs/cgroup", own.lstrip("/")), os.W_OK):
+        return "our cgroup is not ours to write"
+    return None
+
+
+def _locked_memory() -> str | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY or soft >= 64 << 10 or _holds("CAP_SYS_RESOURCE"):
+        return None
+    return f"RLIMIT_MEMLOCK is {soft} bytes"
+
+
+def _holds(capability: str) -> bool:
+    return bool(namespaces.effective_capabilities() >> _CAPABILITIES[capability] & 1)
+
+
+def _capability(name: str) -> Callable[[], str | None]:
+    return lambda: None if _holds(name) else "we do not hold it"
+
+
+def _user_namespace() -> str | None:
+    """Whether an ordinary user could make a namespace; tried in a child that ends at once."""
+    pid = os.fork()
+    if pid == 0:
+        code = errno.EPERM
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            code = 0 if libc.unshare(0x10000000 | 0x20000000) == 0 else ctypes.get_errno()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return None if code == 0 else os.strerror(code)
+
+
+def _nvidia() -> str | None:
+    if not Path("/dev/nvidiactl").exists():
+        return "no NVIDIA device"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is a device, but no libcuda.so.1"
+    return None
+
+
+def _amd() -> str | None:
+    return None if Path("/dev/kfd").exists() else "no AMD compute device"
+
+
+_AS_ROOT = "run as root, or inside 'python -m gpurestore.namespaces -- COMMAND'"
+_POLICY = "a container's seccomp profile forbids it: allow this system call there"
+
+CHECKS = (
+    Check("x86-64", _machine, "the agent and the register images are of this architecture", "use an x86-64 machine"),
+    Check("kernel", _kernel, "5.14 or later", "install a kernel from 5.14 on"),
+    Check("ptrace", _ptrace, "seizing the tasks of a tree", f"{_POLICY} (docker: --cap-add=SYS_PTRACE)"),
+    Check(
+        "yama",
+        _yama,
+        "tracing processes that are not our children",
+        "as root: sysctl -w kernel.yama.ptrace_scope=0, or give CAP_SYS_PTRACE",
+        required=False,
+    ),
+    Check("clone3 set_tid", _choose_pid, "giving restored tasks their old pids", _AS_ROOT),
+    Check("CAP_CHECKPOINT_RESTORE", _capability("CAP_CHECKPOINT_RESTORE"), "choosing pids, exe links", _AS_ROOT, False),
+    Check("CAP_SYS_ADMIN", _capability("CAP_SYS_ADMIN"), "covers the above", _AS_ROOT, False),
+    Check("CAP_SYS_PTRACE", _capability("CAP_SYS_PTRACE"), "dumping the trees of other users", _AS_ROOT, False),
+    Check(
+        "CAP_SYS_RESOURCE",
+        _capability("CAP_SYS_RESOURCE"),
+        "raising hard limits, lowering oom_score_adj",
+        "not needed as long as the tree has no limit above ours; as root: outside of a restricted container",
+        required=False,
+    ),
+    Check(
+        "user namespaces",
+        _user_namespace,
+        "how ordinary users restore",
+        "as root: sysctl -w user.max_user_namespaces=15000 (Debian: kernel.unprivileged_userns_clone=1)",
+        required=False,
+    ),
+    Check(
+        "checkpoint support",
+        _checkpoint_feature,
+        "lists of children and the files behind mappings",
+        "use a kernel with CONFIG_CHECKPOINT_RESTORE=y (all distributions have it)",
+    ),
+    Check("kcmp", _kcmp, "finding out which descriptors are shared", f"CONFIG_KCMP=y; {_POLICY}"),
+    Check("pidfd_getfd", _pidfd_getfd, "looking at the tasks' descriptors", _POLICY),
+    Check(
+        "PAGEMAP_SCAN",
+        _pagemap_scan,
+        "finding used pages quickly; /proc/PID/pagemap is read otherwise",
+        "install a kernel from 6.7 on",
+        required=False,
+    ),
+    Check(
+        "userfaultfd wp-async",
+        _write_protect,
+        "tracking changed pages for snapshots",
+        "install a kernel from 6.7 on with CONFIG_USERFAULTFD=y; as root: sysctl -w vm.unprivileged_userfaultfd=1",
+        required=False,
+    ),
+    Check(
+        "io_uring", _io_uring, "a fast way to storage", "as root: sysctl -w kernel.io_uring_disabled=0", required=False
+    ),
+    Check(
+        "huge pages",
+        _huge_pages,
+        "filling big memory several times faster",
+        "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+        required=False,
+    ),
+    Check("locked memory", _locked_memory, "trees that lock memory", "ulimit -l unlimited", required=False),
+    Check(
+        "cgroup freezer",
+        _freezer,
+        "stopping a tree at one stroke; its tasks are stopped one by one otherwise",
+        "have a cgroup delegated to this user, for example by 'systemd-run --user --scope -p Delegate=yes'",
+        required=False,
+    ),
+    Check("NVIDIA GPU", _nvidia, "trees that compute there", "install the driver from 570 on", required=False),
+    Check(
+        "AMD GPU", _amd, "trees that compute there", "install the amdgpu driver with compute support", required=False
+    ),
+)

@@ -1,0 +1,281 @@
+"""The demonstration itself: two training runs of which one is dumped, killed and restored, then a comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpurestore.errors import GpurestoreError, UsageError
+from gpurestore.pipeline.trace import Span, format_bytes, format_table, summarize
+
+_COMMAND = (sys.executable, "-m", "gpurestore")
+_POLL_S = 0.005
+_STALLED_S = 120.0  # without a single new step
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demonstration found; the seconds are of the wall clock."""
+
+    steps: int
+    dumped_after_step: int
+    undisturbed_s: float
+    before_dump_s: float
+    dump_s: float
+    restore_s: float
+    after_restore_s: float
+    image_bytes: int
+    last_loss: float
+    weights_sha256: str
+
+
+class Status:
+    """One line on a terminal that is drawn over again; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._able = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def show(self, text: str) -> None:
+        """Replace the line; an empty text wipes it."""
+        if self._able:
+            sys.stderr.write(f"\r\x1b[2K{text}")
+            sys.stderr.flush()
+
+
+class Job:
+    """One run of the training job, in a session of its own, with files where a terminal would be."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.steps = steps
+        self.losses = folder / "losses.txt"
+        with open(folder / "job.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gpurestore.demo.job", "--out", str(folder), "--steps", str(steps)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            )
+
+    def last_step(self) -> int:
+        """Steps that are written to the loss curve by now."""
+        try:
+            with open(self.losses, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 200))
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return 0
+        return int(lines[-2].split()[0]) + 1 if len(lines) > 1 else 0
+
+    def follow(self, status: Status, title: str, until: int | None, poll: Callable[[], int | None]) -> int:
+        """Wait for step ``until``, or for the end of the process that ``poll`` asks about; the last step."""
+        moved_at, seen = time.monotonic(), -1
+        while True:
+            ended = poll()
+            step = self.last_step()
+            status.show(f"{title}: step {step} of {self.steps}")
+            if until is not None and step >= until:
+                break
+            if ended is not None:
+                if until is not None or ended != 0:
+                    raise GpurestoreError(f"{title}: ended at step {step} with status {ended}: {self._complaint()}")
+                break
+            if step != seen:
+                moved_at, seen = time.monotonic(), step
+            elif time.monotonic() - moved_at > _STALLED_S:
+                raise GpurestoreError(f"{title}: stands still at step {step}: {self._complaint()}")
+            time.sleep(_POLL_S)
+        status.show("")
+        return step
+
+    def _complaint(self) -> str:
+        lines = (self.folder / "job.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def kill(self) -> None:
+        """End what is left of the tree, also after it was restored: its session is the job's own."""
+        try:
+            command = Path(f"/proc/{self.process.pid}/cmdline").read_bytes()
+        except OSError:
+            return
+        if os.fsencode(self.folder) in command:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def run_demo(*, steps: int, keep: Path | None, as_json: bool) -> int:
+    """Run it all and print what came out; the exit code."""
+    from importlib.util import find_spec
+
+    for package in ("numpy", "sklearn"):
+        if find_spec(package) is None:
+            raise UsageError(f"the demo needs the package {package}: pip install 'gpurestore[demo]'")
+    from gpurestore import namespaces
+
+    if not namespaces.may_restore():
+        arguments = ["demo", "--steps", str(steps), *(["--keep", str(keep)] if keep else []), *["--json"] * as_json]
+        return namespaces.run([sys.executable, "-m", "gpurestore", *arguments])
+    folder = _work_folder(keep)
+    try:
+        result, spans = _run(folder, steps, quiet=as_json)
+    except GpurestoreError as error:
+        if keep is None:
+            raise
+        raise type(error)(f"{error} (see {folder})") from error
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if as_json:
+        from gpurestore.cli.options import print_json
+
+        print_json(result)
+    else:
+        print(_report(result, spans))
+    return 0
+
+
+def _work_folder(keep: Path | None) -> Path:
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="gpurestore-demo-"))
+    keep.mkdir(parents=True, exist_ok=True)
+    if any(keep.iterdir()):
+        raise UsageError(f"{keep} is not empty")
+    return keep.resolve()
+
+
+def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str, list[Span]]]:
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
+    status = Status()
+    say(f"Training a network on handwritten digits, {steps} steps: gradient threads, a metrics thread, a forked loader")
+    say("1. an undisturbed run")
+    clock = time.monotonic()
+    undisturbed = Job(folder / "undisturbed", steps)
+    try:
+        undisturbed.follow(status, "undisturbed run", None, undisturbed.process.poll)
+    finally:
+        undisturbed.kill()
+        undisturbed.process.wait()
+    undisturbed_s = time.monotonic() - clock
+
+    say("2. the same again, but dumped on the way; the dump ends it")
+    job = Job(folder / "restored", steps)
+    try:
+        before_dump_s, dump_s = _train_and_dump(job, status, folder)
+        dumped_after = job.last_step()
+        say(f"3. it is gone after step {dumped_after}; restore it and let it finish")
+        restore_s, after_s = _restore_and_finish(job, status, folder)
+    finally:
+        job.kill()
+    digest = _compare(undisturbed.folder, job.folder)
+    result = DemoResult(
+        steps=steps,
+        dumped_after_step=dumped_after,
+        undisturbed_s=undisturbed_s,
+        before_dump_s=before_dump_s,
+        dump_s=dump_s,
+        restore_s=restore_s,
+        after_restore_s=after_s,
+        image_bytes=sum(path.stat().st_blocks * 512 for path in (folder / "images").iterdir() if path.is_file()),
+        last_loss=float.fromhex(job.losses.read_text().splitlines()[-1].split()[1]),
+        weights_sha256=digest,
+    )
+    return result, {name: _load_spans(folder / f"{name}.json") for name in ("dump", "restore")}
+
+
+def _train_and_dump(job: Job, status: Status, folder: Path) -> tuple[float, float]:
+    """Let the job run a third of its steps and dump it; seconds of the run and of the dump."""
+    started = time.monotonic()
+    job.follow(status, "second run", max(1, job.steps // 3), job.process.poll)
+    frozen = time.monotonic()
+    pid, images, trace = str(job.process.pid), str(folder / "images"), str(folder / "dump.json")
+    code = subprocess.run(
+        [*_COMMAND, "dump", "-t", pid, "-D", images, "--trace", trace], stdin=subprocess.DEVNULL, check=False
+    ).returncode
+    if code != 0:
+        raise GpurestoreError(f"the dump failed with status {code}")
+    ended = time.monotonic()
+    if job.process.wait(10) != -signal.SIGKILL:
+        raise GpurestoreError(f"the job ended with status {job.process.returncode}, not by the dump's kill")
+    return frozen - started, ended - frozen
+
+
+def _restore_and_finish(job: Job, status: Status, folder: Path) -> tuple[float, float]:
+    """Restore in front of the tree; seconds until it ran, and from there to its end."""
+    started = time.monotonic()
+    trace = str(folder / "restore.json")
+    restore = subprocess.Popen(
+        [*_COMMAND, "restore", "-D", str(folder / "images"), "--json", "--trace", trace],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    )
+    assert restore.stdout is not None
+    try:
+        running = restore.stdout.readline() != b""  # the result, printed as soon as the tree runs
+        runs_at = time.monotonic()
+        if not running:
+            raise GpurestoreError(f"the restore failed with status {restore.wait()}")
+        job.follow(status, "restored run", None, restore.poll)
+        return runs_at - started, time.monotonic() - runs_at
+    finally:
+        job.kill()
+        if restore.poll() is None:
+            restore.terminate()
+        restore.wait()
+        restore.stdout.close()
+
+
+def _compare(undisturbed: Path, restored: Path) -> str:
+    """Raise unless both runs wrote the same bytes; the weights' checksum."""
+    expected = (undisturbed / "losses.txt").read_text().splitlines()
+    found = (restored / "losses.txt").read_text().splitlines()
+    for number, (a, b) in enumerate(zip(expected, found, strict=False)):
+        if a != b:
+            raise GpurestoreError(f"the loss curves differ from step {number} on: {a!r} undisturbed, {b!r} restored")
+    if len(expected) != len(found):
+        raise GpurestoreError(f"the loss curves have {len(expected)} steps undisturbed and {len(found)} restored")
+    digests = [hashlib.sha256((run / "weights.bin").read_bytes()).hexdigest() for run in (undisturbed, restored)]
+    if digests[0] != digests[1]:
+        raise GpurestoreError(f"the final weights differ: sha256 {digests[0]} undisturbed, {digests[1]} restored")
+    return digests[0]
+
+
+def _load_spans(path: Path) -> list[Span]:
+    """The spans of a ``--trace`` file."""
+    events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return [
+        Span(event["name"], "", int(event["ts"] * 1000), int((event["ts"] + event["dur"]) * 1000), event["args"])
+        for event in events
+        if event["ph"] == "X"
+    ]
+
+
+def _report(result: DemoResult, spans: dict[str, list[Span]]) -> str:
+    rows: list[tuple[str, float, int]] = [("undisturbed run", result.undisturbed_s, 0)]
+    rows.append(("second run up to the dump", result.before_dump_s, 0))
+    rows.append(("dump, as a whole process", result.dump_s, 0))
+    rows += [(f"  {row.name}", row.wall_s, row.nr_bytes) for row in summarize(spans["dump"])]
+    rows.append(("restore, until the job runs", result.restore_s, 0))
+    rows += [(f"  {row.name}", row.wall_s, row.nr_bytes) for row in summarize(spans["restore"])]
+    rows.append(("restored run to the end", result.after_restore_s, 0))
+    return (
+        f"\nThe loss curves are equal, all {result.steps} steps (the last loss is {result.last_loss:.6f}),\n"
+        f"and so are the final weights, bit for bit (sha256 {result.weights_sha256[:16]}...).\n"
+        f"The images took {format_bytes(result.image_bytes)}. Stages overlap; what took how long:\n\n"
+        + format_table(rows, "what")
+    )
