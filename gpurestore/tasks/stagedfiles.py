@@ -1,0 +1,315 @@
+"""The restore side of files: every description of the images, opened once in the main process ("staged").
+
+Staged descriptors lie above every number that a task needs. Tasks inherit them when they are forked, bring them to
+their numbers (descriptors.plan_descriptors), map them, and close the rest. Order of use:
+
+    check()        all that stands in the way; changes nothing
+    assign(base)   numbers, without opening: enough for --dry-run
+    open_all(base) opens, refills, makes again what is missing
+    seal()         when every task has its mappings
+    plan_late(pid) runs in each task after plan_close_staged
+    close()        before the tree is released: ends of pipes that nobody holds must not stay open here
+    abort()        instead, after a failure: also removes what open_all made
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import stat
+import struct
+from typing import Any
+
+from gpurestore.batch import Call, Data
+from gpurestore.errors import Finding, GpurestoreError, ImageError
+from gpurestore.images import pb
+from gpurestore.images.folder import ImageFolder
+from gpurestore.syscalls import NR
+from gpurestore.tasks import eventfds, fdinfo, filelocks, fs, ghosts, memfds, pipes, regfiles, tmpfs
+from gpurestore.tasks.fileuses import FileUses
+from gpurestore.tasks.memfds import FillObject
+
+_SPARE_DESCRIPTORS = 64  # that the tool itself may need on top
+_KEEP_ID = 0xFFFFFFFF  # the saved user id stays, so that the way back is open
+
+
+class StagedFiles:
+    """All file descriptions of an image folder."""
+
+    def __init__(self, folder: ImageFolder, fill_object: FillObject) -> None:
+        """Reads the images; raises ImageError where they contradict themselves."""
+        self._folder = folder
+        self.uses = FileUses(folder)
+        extension = (folder.manifest.extension if folder.manifest is not None else {}).get("files", {})
+        self._rdev: dict[str, int] = extension.get("rdev", {})
+        self._tmpfs: dict[str, int] = extension.get("tmpfs", {})
+        self._semaphores = frozenset(extension.get("semaphores", ()))
+        packets: dict[str, list[int]] = extension.get("packets", {})
+        self._pipe_data = pipes.data_by_id(_payloads(folder, "pipes-data"), packets)
+        self._fifo_data = pipes.data_by_id(_payloads(folder, "fifo-data"), packets)
+        self._remaps: dict[int, pb.remap_file_path_entry] = {r.orig_id: r for r in _messages(folder, "remap-fpath")}
+        self._locks: list[pb.file_lock_entry] = _messages(folder, "filelocks")
+        self._inodes: list[pb.memfd_inode_entry] = _messages(folder, "memfd")
+        self._pipes = pipes.PipeStage(self._pipe_data, extension.get("pipes", {}))
+        self._memfds = memfds.MemfdStage(self._inodes, fill_object)
+        self._ghosts = ghosts.GhostStage(folder)
+        self._fifos_seen: set[int] = set()
+        self._put_back: set[int] = set()
+        self._created: list[str] = []
+        self._numbers: dict[tuple[int, bool], int] = {}
+        self._opened: list[int] = []
+
+    # ---- checks ----
+
+    def check(self) -> list[Finding]:
+        """Everything that would keep the files from being opened."""
+        findings = memfds.check(self._inodes) + filelocks.unsupported(self._locks)
+        for file_id, for_mapping in self.uses.wanted():
+            findings += self._check_one(
+                self.uses.entry(file_id), self.uses.flags(file_id, for_mapping), self.uses.where(file_id)
+            )
+        for pid, entry in self.uses.roots():
+            findings += fs.check_root(f"pid {pid}", self._path(entry))
+        for data in (*self._pipe_data.values(), *self._fifo_data.values()):
+            findings += pipes.check_capacity(data)
+        return findings + self._check_limit()
+
+    def _check_one(self, entry: pb.file_entry, flags: int, where: str) -> list[Finding]:
+        match entry.type:
+            case pb.REG:
+                return self._check_regular(entry.reg, flags, where)
+            case pb.FIFO:
+                return self._check_fifo(entry.fifo, where)
+            case pb.PIPE | pb.EVENTFD | pb.MEMFD:
+                return []
+        name = pb.fd_types.Name(entry.type)
+        return [
+            Finding(
+                where, f"file of kind {name}", "this version restores files, directories, pipes, eventfds and memfds"
+            )
+        ]
+
+    def _check_regular(self, entry: pb.reg_file_entry, flags: int, where: str) -> list[Finding]:
+        remap = self._remaps.get(entry.id)
+        if remap is None:
+            carried = str(entry.id) in self._tmpfs
+            if carried:
+                ghosts.read_content(self._folder, self._tmpfs[str(entry.id)])
+            return regfiles.check(entry, flags, where, self._rdev.get(str(entry.id)), carried=carried)
+        if remap.remap_type != pb.GHOST:
+            kind = pb.remap_type.Name(remap.remap_type).lower()
+            return [Finding(where, f"file {entry.name}", f"it was left under another name by CRIU ({kind} remap)")]
+        regfiles.safe_name(entry)
+        ghosts.read_content(self._folder, remap.remap_id)
+        return []
+
+    def _check_fifo(self, entry: pb.fifo_entry, where: str) -> list[Finding]:
+        regular = self._fifo_file(entry)
+        name = regfiles.safe_name(regular)
+        if regular.id in self._remaps:
+            return self._check_regular(regular, os.O_RDONLY, where)
+        try:
+            mode = os.stat(name).st_mode
+        except OSError as error:
+            return [Finding(where, f"FIFO {name}", os.strerror(error.errno or 0))]
+        return [] if stat.S_ISFIFO(mode) else [Finding(where, f"FIFO {name}", "is no FIFO any more")]
+
+    def _fifo_file(self, entry: pb.fifo_entry) -> pb.reg_file_entry:
+        return self.uses.regular(entry.regf_id if entry.HasField("regf_id") else entry.id)
+
+    def _check_limit(self) -> list[Finding]:
+        needed = self.uses.keep_from + len(self.uses.wanted()) + _SPARE_DESCRIPTORS
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if hard == resource.RLIM_INFINITY or needed <= hard:
+            return []
+        why = f"staging the files takes {needed}; raise the hard limit of the shell that restores (ulimit -Hn)"
+        return [Finding("the tool", f"at most {hard} descriptors", why)]
+
+    def _path(self, entry: pb.file_entry) -> str:
+        return regfiles.safe_name(entry.reg)
+
+    # ---- numbers ----
+
+    @property
+    def keep_from(self) -> int:
+        """The lowest number above all that tasks need: where staging may begin."""
+        return self.uses.keep_from
+
+    def assign(self, base_fd: int) -> None:
+        """Give every staged file a number from ``base_fd`` on."""
+        self._numbers = {use: base_fd + index for index, use in enumerate(self.uses.wanted())}
+
+    def fd_of(self, file_id: int) -> int:
+        """The staged descriptor of a description, a directory, ..."""
+        return self._number(file_id, for_mapping=False)
+
+    def fd_of_mapping(self, file_id: int) -> int:
+        """The staged descriptor to map, or to give to PR_SET_MM_EXE_FILE."""
+        return self._number(file_id, for_mapping=True)
+
+    def _number(self, file_id: int, *, for_mapping: bool) -> int:
+        try:
+            return self._numbers[file_id, for_mapping]
+        except KeyError:
+            raise ImageError(f"files.img: no file {file_id}, which another image names") from None
+
+    def is_our_root(self, file_id: int) -> bool:
+        """Whether ``file_id`` is the root directory that this process has, too."""
+        return fs.is_our_root_path(self._path(self.uses.entry(file_id)))
+
+    def entries_of(self, pid: int) -> list[pb.fdinfo_entry]:
+        """The descriptor table of a task."""
+        return self.uses.tables[pid]
+
+    # ---- opening ----
+
+    def open_all(self, base_fd: int) -> None:
+        """Open everything at ``base_fd`` and above. On an error, what was done is undone before it is raised."""
+        try:
+            self.assign(base_fd)
+            _raise_limit(base_fd + len(self._numbers) + _SPARE_DESCRIPTORS)
+            for file_id, for_mapping in self.uses.wanted():
+                self._stage(file_id, for_mapping)
+            for lock in self._locks:
+                self._take_lock(lock)
+            self._ghosts.finish()
+            self._memfds.finish()
+            self._pipes.close()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _stage(self, file_id: int, for_mapping: bool) -> None:
+        entry = self.uses.entry(file_id)
+        wanted = self._numbers[file_id, for_mapping]
+        try:
+            fd = self._open(entry, self.uses.flags(file_id, for_mapping), for_mapping)
+            try:
+                if entry.type == pb.REG and not for_mapping and self.uses.is_descriptor(file_id):
+                    regfiles.set_position(fd, entry.reg)
+                elif entry.type == pb.MEMFD and not for_mapping:
+                    os.lseek(fd, entry.memfd.pos, os.SEEK_SET)
+                number = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, wanted)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            name = entry.reg.name if entry.type == pb.REG else pb.fd_types.Name(entry.type).lower()
+            raise GpurestoreError(
+                f"{self.uses.where(file_id)}: cannot open {name}: {os.strerror(error.errno or 0)}"
+            ) from error
+        self._opened.append(number)
+        self._numbers[file_id, for_mapping] = number
+
+    def _open(self, entry: pb.file_entry, flags: int, for_mapping: bool) -> int:
+        match entry.type:
+            case pb.REG:
+                return self._open_regular(entry.reg, flags)
+            case pb.PIPE:
+                return self._pipes.open(entry.pipe)
+            case pb.FIFO:
+                return self._open_fifo(entry.fifo)
+            case pb.EVENTFD:
+                return eventfds.open_entry(entry.efd, self._semaphores)
+            case pb.MEMFD:
+                return self._memfds.open(entry.memfd.inode_id, flags, for_mapping=for_mapping)
+        raise OSError(errno.EOPNOTSUPP, "")
+
+    def _open_regular(self, entry: pb.reg_file_entry, flags: int) -> int:
+        remap = self._remaps.get(entry.id)
+        if remap is not None:
+            handle = self._ghosts.handle(remap.remap_id, regfiles.safe_name(entry), entry.flags)
+            return fdinfo.reopen(handle, regfiles.open_flags(flags))
+        ghost_id = self._tmpfs.get(str(entry.id))
+        if ghost_id is not None and ghost_id not in self._put_back:
+            tmpfs.put_back(self._folder, ghost_id, regfiles.safe_name(entry), self._created)
+            self._put_back.add(ghost_id)
+        return regfiles.open_entry(entry, flags)
+
+    def _open_fifo(self, entry: pb.fifo_entry) -> int:
+        regular = self._fifo_file(entry)
+        path = regfiles.safe_name(regular)
+        remap = self._remaps.get(regular.id)
+        if remap is not None:
+            path = f"/proc/self/fd/{self._ghosts.handle(remap.remap_id, path, regular.flags)}"
+        first = entry.pipe_id not in self._fifos_seen
+        self._fifos_seen.add(entry.pipe_id)
+        return pipes.open_fifo(path, regular.flags, self._fifo_data.get(entry.pipe_id), first=first)
+
+    def _take_lock(self, lock: pb.file_lock_entry) -> None:
+        if lock.flag == filelocks.FL_POSIX:
+            return
+        file_id = self.uses.file_of(lock.pid, lock.fd)
+        try:
+            filelocks.take(self.fd_of(file_id), lock)
+        except OSError as error:
+            where = f"pid {lock.pid}, fd {lock.fd}"
+            raise GpurestoreError(f"{where}: cannot lock the file again: {os.strerror(error.errno or 0)}") from error
+
+    # ---- after the tree is there ----
+
+    def seal(self) -> None:
+        """Put on the seals of memfds that had to wait for the tree's mappings."""
+        self._memfds.seal()
+
+    def plan_late(self, pid: int) -> list[Call]:
+        """POSIX locks and receivers of signals about descriptors: to run in the task when all tasks are there, after
+        plan_close_staged, and before the task gives up the rights that the restore gave it."""
+        calls = filelocks.plan(self._locks, pid)
+        for entry in self.entries_of(pid):
+            if self.uses.first_user(entry.id) == (pid, entry.fd):
+                calls += _plan_owner(entry.fd, self.uses.owner(entry.id))
+        return calls
+
+    def close(self) -> None:
+        """Close every staged descriptor of this process."""
+        self._pipes.close()
+        self._ghosts.close()
+        self._memfds.close()
+        for fd in self._opened:
+            os.close(fd)
+        self._opened.clear()
+
+    def abort(self) -> None:
+        """Close everything and remove the files that open_all made."""
+        self.close()
+        for path in self._created:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._created.clear()
+
+
+def _plan_owner(fd: int, owner: pb.fown_entry | None) -> list[Call]:
+    """F_SETSIG, and F_SETOWN_EX as the user who once said so: the kernel remembers who that was."""
+    if owner is None:
+        return []
+    calls = []
+    if owner.signum:
+        calls.append(Call(NR.FCNTL, (fd, fdinfo.F_SETSIG, owner.signum), f"signal of descriptor {fd}"))
+    if owner.pid:
+        what = f"owner of descriptor {fd}"
+        own = (os.getuid(), os.geteuid())
+        other = (owner.uid, owner.euid) != own
+        if other:
+            calls.append(Call(NR.SETRESUID, (owner.uid, owner.euid, _KEEP_ID), what))
+        who = Data(struct.pack("=ii", owner.pid_type, owner.pid))
+        calls.append(Call(NR.FCNTL, (fd, fdinfo.F_SETOWN_EX, who), what))
+        if other:
+            calls.append(Call(NR.SETRESUID, (*own, _KEEP_ID), what))
+    return calls
+
+
+def _raise_limit(needed: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _messages(folder: ImageFolder, kind: str) -> list[Any]:
+    return folder.read(kind) if folder.has(kind) else []
+
+
+def _payloads(folder: ImageFolder, kind: str) -> list[tuple[Any, bytes]]:
+    return folder.read_payloads(kind) if folder.has(kind) else []
