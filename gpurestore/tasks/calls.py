@@ -1,0 +1,46 @@
+"""Small tools for lists of calls: questions to a task with named answers, and joining plans that hold references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from gpurestore.batch import Arg, Call, CallResult, Data, Ref
+from gpurestore.syscalls import NR
+
+Questions = dict[str, Call]
+Answers = Mapping[str, CallResult]
+
+AT_FDCWD = -100
+_O_WRONLY_CLOEXEC = 0o2000001
+
+
+def join(plans: Iterable[list[Call]]) -> list[Call]:
+    """One list out of several, with the references of each moved to where its calls now lie."""
+    joined: list[Call] = []
+    for plan in plans:
+        start = len(joined)
+        joined.extend(_moved(call, start) for call in plan)
+    return joined
+
+
+def _moved(call: Call, start: int) -> Call:
+    if not any(isinstance(arg, Ref) for arg in call.args):
+        return call
+    return replace(call, args=tuple(Ref(a.index + start) if isinstance(a, Ref) else a for a in call.args))
+
+
+def prctl(option: int, *args: Arg, what: str = "", want: int | None = None, may_fail: bool = False) -> Call:
+    """A prctl with its unused arguments zero, which most options insist on."""
+    padded = (*args, 0, 0, 0, 0)[:4]
+    return Call(NR.PRCTL, (option, *padded), what, want, may_fail)
+
+
+def write_file(path: str, content: str, what: str) -> list[Call]:
+    """Write one of the task's own /proc files."""
+    payload = content.encode()
+    return [
+        Call(NR.OPENAT, (AT_FDCWD, Data(path.encode() + b"\0"), _O_WRONLY_CLOEXEC, 0), what),
+        Call(NR.WRITE, (Ref(0), Data(payload), len(payload)), what, want=len(payload)),
+        Call(NR.CLOSE, (Ref(0),), what),
+    ]

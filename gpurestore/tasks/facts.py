@@ -1,0 +1,158 @@
+"""Facts about tasks that CRIU's messages have no field for. They live under ``tasks`` in gpurestore.json.
+
+None means unknown: images written by CRIU hold none of this, and a plan then leaves the kernel's state as it is.
+Nothing here is trusted: :meth:`ProcessFacts.from_json` takes any value and raises ImageError on a wrong one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from gpurestore.errors import ImageError
+
+T = TypeVar("T")
+ALL_CPUS = "all"
+
+
+@dataclass(slots=True)
+class ThreadFacts:
+    """What one thread has beside its core entry."""
+
+    comm: bytes | None = None  # only when it is not valid text
+    affinity: str | None = None  # a CPU list, or ALL_CPUS
+    ioprio: int | None = None
+    timer_slack_ns: int | None = None
+    # flags, runtime, deadline, period (ns), least and greatest utilization, as in struct sched_attr
+    sched: tuple[int, ...] | None = None
+    mempolicy: tuple[int, ...] | None = None  # mode, then the words of the node mask
+    personality: int | None = None
+    speculation: tuple[int, ...] | None = None  # answers of PR_GET_SPECULATION_CTRL, one per kind
+    machine_check: int | None = None
+    tsc: int | None = None
+    cpuid: int | None = None
+    io_flusher: int | None = None
+    xstate: dict[int, bytes] = field(default_factory=dict)  # components that the core entry has no place for
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self, ThreadFacts())
+
+    @classmethod
+    def from_json(cls, raw: object, where: str) -> ThreadFacts:
+        return _from_json(cls(), raw, where)
+
+
+@dataclass(slots=True)
+class ProcessFacts:
+    """What one process has beside its core entry, and the facts of its threads by thread id."""
+
+    dumpable: int | None = None
+    thp_disable: int | None = None
+    mdwe: int | None = None
+    memory_merge: int | None = None
+    coredump_filter: int | None = None
+    xcomp_permitted: int | None = None
+    exit_signal: int | None = None
+    threads: dict[int, ThreadFacts] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self, ProcessFacts())
+
+    @classmethod
+    def from_json(cls, raw: object, where: str) -> ProcessFacts:
+        return _from_json(cls(), raw, where)
+
+    def thread(self, tid: int) -> ThreadFacts:
+        """Facts of a thread; all unknown where there are none."""
+        return self.threads.get(tid, ThreadFacts())
+
+
+def load(extension: Mapping[str, Any]) -> dict[int, ProcessFacts]:
+    """The facts of every process in a manifest's extension; empty for images without them."""
+    raw = extension.get("tasks", {})
+    if not isinstance(raw, dict):
+        raise ImageError("gpurestore.json: tasks is not an object")
+    return {_key(k, "tasks"): ProcessFacts.from_json(v, f"tasks.{k}") for k, v in raw.items()}
+
+
+def _to_json(facts: ThreadFacts | ProcessFacts, unknown: ThreadFacts | ProcessFacts) -> dict[str, Any]:
+    known = ((f.name, getattr(facts, f.name)) for f in fields(facts))
+    return {name: _value(value) for name, value in known if value != getattr(unknown, name)}
+
+
+def _value(value: Any) -> Any:
+    match value:
+        case bytes():
+            return base64.b64encode(value).decode()
+        case tuple():
+            return list(value)
+        case dict():
+            return {str(k): _value(v) for k, v in value.items()}
+        case ThreadFacts():
+            return value.to_json()
+    return value
+
+
+def _key(key: object, where: str) -> int:
+    if not isinstance(key, str) or not key.isascii() or not key.isdecimal() or len(key) > 10:
+        raise ImageError(f"gpurestore.json: {where}: {key!r} is not a number")
+    return int(key)
+
+
+def _int(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 64:
+        raise ImageError(f"gpurestore.json: {where}: not a 64-bit number")
+    return value
+
+
+def _ints(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > 64:
+        raise ImageError(f"gpurestore.json: {where}: not a short list")
+    return tuple(_int(v, where) for v in value)
+
+
+def _str(value: object, where: str) -> str:
+    if not isinstance(value, str) or len(value) > 1 << 16:
+        raise ImageError(f"gpurestore.json: {where}: not a string")
+    return value
+
+
+def _bytes(value: object, where: str) -> bytes:
+    try:
+        return base64.b64decode(_str(value, where), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"gpurestore.json: {where}: not base64") from error
+
+
+def _by_number(read: Callable[[object, str], T]) -> Callable[[object, str], dict[int, T]]:
+    def reader(value: object, where: str) -> dict[int, T]:
+        if not isinstance(value, dict):
+            raise ImageError(f"gpurestore.json: {where}: not an object")
+        return {_key(k, where): read(v, f"{where}.{k}") for k, v in value.items()}
+
+    return reader
+
+
+_READERS: dict[str, Callable[[object, str], Any]] = {
+    "comm": _bytes,
+    "affinity": _str,
+    "sched": _ints,
+    "mempolicy": _ints,
+    "speculation": _ints,
+    "xstate": _by_number(_bytes),
+    "threads": _by_number(ThreadFacts.from_json),
+}
+
+F = TypeVar("F", ThreadFacts, ProcessFacts)
+
+
+def _from_json(facts: F, raw: object, where: str) -> F:
+    if not isinstance(raw, dict):
+        raise ImageError(f"gpurestore.json: {where}: not an object")
+    for f in fields(facts):
+        if f.name in raw:
+            setattr(facts, f.name, _READERS.get(f.name, _int)(raw[f.name], f"{where}.{f.name}"))
+    return facts

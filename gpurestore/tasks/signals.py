@@ -1,0 +1,107 @@
+"""Signal actions of a process and the signals that wait, for it or for one of its threads.
+
+At restore every thread serves its agent with all signals blocked, so a signal that is queued stays queued. Actions
+are set before: setting one to "ignore" afterwards would throw the queued signal away.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from gpurestore.batch import Call, Data, Out
+from gpurestore.errors import ImageError
+from gpurestore.syscalls import NR
+from gpurestore.tasks.calls import Answers, Questions
+
+if TYPE_CHECKING:
+    from gpurestore.images import pb
+
+SIGKILL, SIGCHLD, SIGCONT, SIGSTOP, NR_SIGNALS = 9, 17, 18, 19, 64
+SIGINFO_BYTES = 128
+_ACTION = struct.Struct("=QQQQ")  # handler, flags, restorer, mask, as the system call takes them
+_MASK_BYTES = 8
+_TASK_STOPPED = 3
+_SETTABLE = tuple(n for n in range(1, NR_SIGNALS + 1) if n not in (SIGKILL, SIGSTOP))
+
+
+def questions() -> Questions:
+    return {
+        f"sigaction {n}": Call(NR.RT_SIGACTION, (n, 0, Out(_ACTION.size), _MASK_BYTES), f"read action of signal {n}")
+        for n in _SETTABLE
+    }
+
+
+def collect_actions(answers: Answers, entry: pb.task_core_entry) -> None:
+    for n in _SETTABLE:
+        handler, flags, restorer, mask = _ACTION.unpack(answers[f"sigaction {n}"].outs[0])
+        entry.sigactions.add(sigaction=handler, flags=flags, restorer=restorer, mask=mask, compat_sigaction=False)
+
+
+def collect_pending(infos: Iterable[bytes], queue: pb.signal_queue_entry) -> None:
+    queue.SetInParent()  # CRIU looks for the queue, even for an empty one
+    for info in infos:
+        queue.signals.add(siginfo=info)
+
+
+def plan_actions(entry: pb.task_core_entry) -> list[Call]:
+    if len(entry.sigactions) not in (0, len(_SETTABLE)):
+        raise ImageError(f"core image: {len(entry.sigactions)} signal actions instead of {len(_SETTABLE)}")
+    return [
+        Call(NR.RT_SIGACTION, (n, Data(_action(sa)), 0, _MASK_BYTES), f"set the action of signal {n}", want=0)
+        for n, sa in zip(_SETTABLE, entry.sigactions, strict=False)
+    ]
+
+
+def _action(sa: pb.sa_entry) -> bytes:
+    return _ACTION.pack(sa.sigaction, sa.flags, sa.restorer, sa.mask)
+
+
+def default_action(signal: int) -> Call:
+    args = (signal, Data(bytes(_ACTION.size)), 0, _MASK_BYTES)
+    return Call(NR.RT_SIGACTION, args, f"default action of signal {signal}", want=0)
+
+
+def plan_discard_sigchld() -> list[Call]:
+    """Throw away what the exit of zombies and helpers sent during the restore; the images say what is to be pending."""
+    mask, at_once = Data(struct.pack("=Q", 1 << SIGCHLD - 1)), Data(bytes(16))
+    call = Call(NR.RT_SIGTIMEDWAIT, (mask, 0, at_once, _MASK_BYTES), "discard SIGCHLD of the restore", may_fail=True)
+    return [call]
+
+
+def plan_pending(queue: pb.signal_queue_entry, pid: int, tid: int | None) -> list[Call]:
+    """Queue signals again: for thread ``tid``, which must run this itself, or (None) for the process, in its leader.
+
+    The kernel takes a siginfo with a kernel-made si_code only from the very task that it is for. SIGSTOP cannot wait
+    behind a mask: it is turned into the task's stopped state by :func:`stop_signal`.
+    """
+    calls = []
+    for info in queue.signals:
+        signal = _signal_of(info.siginfo)
+        if signal in (SIGKILL, SIGSTOP):
+            continue
+        what = f"queue signal {signal}"
+        if tid is None:
+            calls.append(Call(NR.RT_SIGQUEUEINFO, (pid, signal, Data(info.siginfo)), what, want=0))
+        else:
+            calls.append(Call(NR.RT_TGSIGQUEUEINFO, (pid, tid, signal, Data(info.siginfo)), what, want=0))
+    return calls
+
+
+def _signal_of(info: bytes) -> int:
+    if len(info) != SIGINFO_BYTES:
+        raise ImageError(f"core image: a siginfo of {len(info)} bytes instead of {SIGINFO_BYTES}")
+    (signal,) = struct.unpack_from("=i", info)
+    if not 1 <= signal <= NR_SIGNALS:
+        raise ImageError(f"core image: pending signal {signal}")
+    return int(signal)
+
+
+def stop_signal(core: pb.core_entry, threads: Sequence[pb.core_entry] = ()) -> int:
+    """The signal that the restored task is to be left stopped with, or 0. ``threads`` are its other threads."""
+    if core.tc.task_state == _TASK_STOPPED:
+        return core.tc.stop_signo or SIGSTOP
+    queues = [core.tc.signals_s, *(c.thread_core.signals_p for c in (core, *threads))]
+    waiting = {_signal_of(info.siginfo) for queue in queues for info in queue.signals}
+    return SIGSTOP if SIGSTOP in waiting else 0
