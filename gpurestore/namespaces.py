@@ -16,10 +16,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from gpurestore.errors import GpurestoreError, PrivilegeError, UsageError
+from gpurestore.errors import GpurestoreError, PrivilegeError
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
@@ -65,28 +66,19 @@ def require_restore_rights() -> None:
 def run(command: Sequence[str]) -> int:
     """Run ``command`` in namespaces of its own and return its exit code (128 + n when signal n ended it).
 
-    The caller must have a single thread, and should end afterwards: it has moved into the new user namespace.
+    Raises PrivilegeError, with the caller as it was, where that is not allowed. For the main thread: signals to the
+    caller are passed on meanwhile. If the caller is killed, everything inside ends.
     """
-    uid, gid = os.geteuid(), os.getegid()
-    _unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID)
-    try:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-    except OSError as error:
-        raise PrivilegeError(
-            f"cannot map uid {uid} into a user namespace: {error.strerror}; {_remedy()}, or run as root"
-        ) from error
     reports, report = os.pipe()  # what went wrong inside; empty when nothing did
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
     caller = os.getpid()
-    init = os.fork()
-    if init == 0:
-        os.close(reports)
-        _be_init(command, report, before, caller)
-    os.close(report)
     try:
-        code = _wait_and_forward(init)
+        # A process in between moves into the namespaces, so that the caller stays where it is.
+        mover = os.fork()
+        if mover == 0:
+            _leave_with(report, lambda: _move_and_start(command, report, before, caller))
+        os.close(report)
+        code = _wait_and_forward(mover)
         complaint = os.read(reports, 4096).decode()
     finally:
         os.close(reports)
@@ -96,27 +88,50 @@ def run(command: Sequence[str]) -> int:
     return code
 
 
-def _be_init(command: Sequence[str], report: int, mask: Iterable[int], caller: int) -> None:
-    """Pid 1: prepare the namespaces, start the command, reap until it ends. Never returns."""
+def _leave_with(report: int, work: Callable[[], int]) -> NoReturn:
+    """End this forked process with the code that ``work`` returns, or report what hinders it."""
     code = 1
     try:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.set_inheritable(report, False)
-        _fresh_proc()
-        _keep_capabilities()
-        child = os.fork()
-        if child == 0:
-            _exec(command, report, mask)
-        os.close(report)
-        code = _wait_and_forward(child)
+        code = work()
     except GpurestoreError as error:
         os.write(report, str(error).encode()[:4096])
+    except OSError as error:
+        os.write(report, f"no namespace for an ordinary user: {error}; {_remedy()}, or run as root".encode()[:4096])
     finally:
         os._exit(code)
 
 
-def _exec(command: Sequence[str], report: int, mask: Iterable[int]) -> None:
-    """Become the command; 127 and 126 as shells have it. Never returns."""
+def _move_and_start(command: Sequence[str], report: int, mask: Iterable[int], caller: int) -> int:
+    """The process in between: enter the namespaces, start pid 1 there, wait for it."""
+    uid, gid = os.geteuid(), os.getegid()
+    _unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != caller:  # it died before we asked to be told
+        return 1
+    init = os.fork()
+    if init == 0:
+        _leave_with(report, lambda: _be_init(command, report, mask))
+    os.close(report)
+    return _wait_and_forward(init)
+
+
+def _be_init(command: Sequence[str], report: int, mask: Iterable[int]) -> int:
+    """Pid 1: prepare what is ours alone, start the command, reap until it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _fresh_proc()
+    _keep_capabilities()
+    child = os.fork()
+    if child == 0:
+        _exec(command, mask)
+    os.close(report)
+    return _wait_and_forward(child)
+
+
+def _exec(command: Sequence[str], mask: Iterable[int]) -> NoReturn:
+    """Become the command; the codes 127 and 126 as shells have them."""
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.execvp(command[0], list(command))
@@ -184,10 +199,7 @@ def _keep_capabilities() -> None:
 def _unshare(flags: int) -> None:
     if _libc().unshare(flags) == 0:
         return
-    number = ctypes.get_errno()
-    if number == errno.EINVAL:
-        raise UsageError("a process with several threads cannot enter a user namespace")
-    raise PrivilegeError(f"no user namespace for an ordinary user: {os.strerror(number)}; {_remedy()}, or run as root")
+    raise PrivilegeError(f"no user namespace for an ordinary user: {_last_error()}; {_remedy()}, or run as root")
 
 
 def _remedy() -> str:

@@ -15,7 +15,7 @@ from gpurestore import namespaces
 from gpurestore.errors import PrivilegeError
 
 # Becomes an ordinary user for good, then runs the module's main: what a shell of such a user would do.
-ORDINARY = """
+BECOME_ORDINARY = """
 import os, sys
 sys.path.insert(0, {root!r})
 from gpurestore import namespaces
@@ -28,8 +28,13 @@ if os.geteuid() == 0:
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
     libc.prctl(4, 1, 0, 0, 0)  # dumpable, as after an exec
+"""
+ORDINARY = (
+    BECOME_ORDINARY
+    + """
 sys.exit(namespaces.main(["--", *sys.argv[1:]]))
 """
+)
 ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -90,6 +95,26 @@ def test_signals_reach_the_command(number: signal.Signals) -> None:
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert (out, process.returncode) == ("got\n", 5)
+
+
+def test_where_it_is_forbidden_the_caller_stays_as_it_is() -> None:
+    # In a user namespace of its own the script may forbid itself any further one.
+    script = BECOME_ORDINARY.format(root=ROOT) + (
+        "import ctypes\n"
+        "from gpurestore import errors\n"
+        "ctypes.CDLL(None).unshare(0x10000000)\n"
+        "open('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
+        "before = [os.readlink('/proc/self/ns/' + n) for n in ('user', 'pid', 'mnt')]\n"
+        "try: namespaces.run(['true'])\n"
+        "except errors.PrivilegeError as error: print(error)\n"
+        "print(before == [os.readlink('/proc/self/ns/' + n) for n in ('user', 'pid', 'mnt')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == [
+        "no user namespace for an ordinary user: No space left on device; user.max_user_namespaces is 0: as root, "
+        "'sysctl -w user.max_user_namespaces=15000', or run as root",
+        "True",
+    ]
 
 
 def test_init_reaps_orphans() -> None:
