@@ -14,9 +14,29 @@ from pathlib import Path
 from cffi import FFI
 
 # In the order in which later headers use the types of earlier ones.
-UNITS = ("gr_error",)
+UNITS = (
+    "gr_error",
+    "gr_region",
+    "gr_tracer",
+    "gr_outside",
+    "gr_cpu",
+    "gr_pagemap_codec",
+    "gr_pagescan",
+    "gr_pages_out",
+    "gr_pump",
+    "gr_stage",
+)
 # C units that Python does not see, such as the one that carries the agent.
-INTERNAL_UNITS: tuple[str, ...] = ()
+INTERNAL_UNITS = (
+    "gr_agent_blob",
+    "gr_tracee",
+    "gr_freeze",
+    "gr_gadget",
+    "gr_sigframe",
+    "gr_inject",
+    "gr_spawn",
+    "gr_workers",
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CEXT = ROOT / "cext"
@@ -25,7 +45,7 @@ AGENT_SOURCE = CEXT / "agent.c"
 AGENT_SCRIPT = CEXT / "agent.lds"
 
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("GPURESTORE_WERROR") == "1" else [])]
-CORE_FLAGS = ["-std=gnu11", "-O2", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS]
+CORE_FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS]
 # No instruction beyond the general registers: the agent must not disturb what XSTATE holds. -fcf-protection=none
 # keeps endbr64 and the property note away, -z text turns any need for a relocation into a link error.
 AGENT_FLAGS = [

@@ -1,0 +1,113 @@
+/*
+ * The agent: runs inside a task and executes batches of system calls. It knows nothing of checkpointing.
+ *
+ * Freestanding, position-independent, without writable globals; only general registers are used, so the task's FPU
+ * state is never touched. The layout of the first bytes is fixed by gr_agent_entry.h.
+ */
+#include <linux/futex.h>
+#include <stddef.h>
+#include <sys/syscall.h>
+
+#include "gr_agent.h"
+#include "gr_agent_entry.h"
+
+_Static_assert(sizeof(struct gr_call) == 80, "gpurestore/batch.py writes 80 bytes a call");
+_Static_assert(sizeof(struct gr_batch) == 16, "gpurestore/batch.py writes a header of 16 bytes");
+_Static_assert(sizeof(struct gr_slot) <= GR_SLOT_BATCH_OFFSET, "slot words and batch overlap");
+
+#define STR_(x) #x
+#define STR(x) STR_(x)
+
+/*
+ * Entries. SERVE: rdi = slot; never returns. ONCE: rdi = slot, rsi = signal frame; runs the slot's batch, tells the
+ * tracer by a getpid with a marker, and, when there is no tracer (any more), leaves through the signal frame, which
+ * holds the task's registers from before. SYSCALL: one system call with the registers as they are.
+ */
+__asm__(".pushsection .text.start, \"ax\", @progbits\n"
+	".globl gr_agent_start\n"
+	"gr_agent_start:\n"
+	"	call gr_agent_serve\n"
+	"	ud2\n"
+	"	.org gr_agent_start + " STR(GR_ENTRY_ONCE) ", 0xcc\n"
+	"	mov %rsi, %r12\n"
+	"	call gr_agent_run_batch\n"
+	"	mov $" STR(GR_DONE_NR) ", %eax\n"
+	"	mov $" STR(GR_DONE_MARK) ", %edi\n"
+	"	syscall\n"
+	"	lea 8(%r12), %rsp\n" /* the frame without its return address, as the kernel expects it */
+	"	mov $15, %eax\n"     /* rt_sigreturn */
+	"	syscall\n"
+	"	ud2\n"
+	"	.org gr_agent_start + " STR(GR_ENTRY_SYSCALL) ", 0xcc\n"
+	"	syscall\n"
+	"	int3\n"
+	".popsection\n");
+
+static inline int64_t syscall6(uint64_t nr, const uint64_t *args)
+{
+	register uint64_t r10 __asm__("r10") = args[3];
+	register uint64_t r8 __asm__("r8") = args[4];
+	register uint64_t r9 __asm__("r9") = args[5];
+	int64_t result;
+
+	__asm__ volatile("syscall"
+			 : "=a"(result)
+			 : "a"(nr), "D"(args[0]), "S"(args[1]), "d"(args[2]), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
+	return result;
+}
+
+static int as_expected(const struct gr_call *call)
+{
+	switch (call->expect) {
+	case GR_EXPECT_OK:
+		return call->result >= 0;
+	case GR_EXPECT_EXACT:
+		return call->result == call->want;
+	default:
+		return 1;
+	}
+}
+
+__attribute__((used)) void gr_agent_run_batch(struct gr_slot *slot)
+{
+	struct gr_batch *batch = (struct gr_batch *)((char *)slot + GR_SLOT_BATCH_OFFSET);
+	uint64_t args[6];
+
+	batch->status = 0;
+	for (uint32_t i = 0; i < batch->nr_calls; i++) {
+		struct gr_call *call = &batch->calls[i];
+
+		for (int a = 0; a < 6; a++) {
+			int is_ref = (call->refs >> a) & 1;
+
+			args[a] = is_ref ? (uint64_t)batch->calls[call->args[a]].result : call->args[a];
+		}
+		*(volatile uint32_t *)&batch->next = i;
+		call->result = syscall6(call->nr, args);
+		if (!as_expected(call)) {
+			batch->status = 1;
+			return;
+		}
+	}
+	batch->next = batch->nr_calls;
+}
+
+static void futex(uint32_t *word, uint64_t op, uint64_t value)
+{
+	uint64_t args[6] = { (uint64_t)word, op, value, 0, 0, 0 };
+
+	syscall6(__NR_futex, args);
+}
+
+__attribute__((used, noreturn)) void gr_agent_serve(struct gr_slot *slot)
+{
+	for (;;) {
+		while (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) != GR_SLOT_POSTED)
+			futex(&slot->state, FUTEX_WAIT, GR_SLOT_IDLE);
+		gr_agent_run_batch(slot);
+		slot->served++;
+		__atomic_store_n(&slot->state, GR_SLOT_IDLE, __ATOMIC_RELEASE);
+		futex(&slot->state, FUTEX_WAKE, 1);
+	}
+}

@@ -1,0 +1,33 @@
+#ifndef GR_INTERNAL_H
+#define GR_INTERNAL_H
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include "gr_error.h"
+
+/* Fill `err` with what was being done and return -code; `return gr_fail(err, errno, "reading %s", path)`. */
+__attribute__((format(printf, 3, 4))) static inline int gr_fail(struct gr_error *err, int code, const char *fmt, ...)
+{
+	va_list args;
+
+	if (code <= 0)
+		code = EIO;
+	err->code = code;
+	va_start(args, fmt);
+	vsnprintf(err->context, sizeof(err->context), fmt, args);
+	va_end(args);
+	return -code;
+}
+
+static inline void gr_close_fd(const int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+}
+
+#define GR_CLOSE __attribute__((cleanup(gr_close_fd)))
+
+#endif
