@@ -39,8 +39,11 @@ _KEEP_ID = 0xFFFFFFFF  # the saved user id stays, so that the way back is open
 class StagedFiles:
     """All file descriptions of an image folder."""
 
-    def __init__(self, folder: ImageFolder, fill_object: FillObject) -> None:
-        """Reads the images; raises ImageError where they contradict themselves."""
+    def __init__(self, folder: ImageFolder, fill_object: FillObject | None = None) -> None:
+        """Reads the images; raises ImageError where they contradict themselves.
+
+        ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors.
+        """
         self._folder = folder
         self.uses = FileUses(folder)
         extension = (folder.manifest.extension if folder.manifest is not None else {}).get("files", {})
@@ -54,13 +57,18 @@ class StagedFiles:
         self._locks: list[pb.file_lock_entry] = _messages(folder, "filelocks")
         self._inodes: list[pb.memfd_inode_entry] = _messages(folder, "memfd")
         self._pipes = pipes.PipeStage(self._pipe_data, extension.get("pipes", {}))
-        self._memfds = memfds.MemfdStage(self._inodes, fill_object)
+        self._memfds = memfds.MemfdStage(self._inodes, fill_object or self._fill_memfd)
         self._ghosts = ghosts.GhostStage(folder)
         self._fifos_seen: set[int] = set()
         self._put_back: set[int] = set()
         self._created: list[str] = []
         self._numbers: dict[tuple[int, bool], int] = {}
         self._opened: list[int] = []
+
+    def _fill_memfd(self, fd: int, shmid: int, size: int) -> None:
+        from gpurestore.tasks import memory
+
+        memory.fill_file(self._folder, shmid, fd, size)
 
     # ---- checks ----
 

@@ -314,7 +314,8 @@ def test_ids_of_separate_processes_differ_and_shared_tables_are_findings(fork) -
 
 
 def test_fdinfo_text_is_parsed() -> None:
-    text = "pos:\t18446744073709551615\nflags:\t02100001\nmnt_id:\t27\nino:\t5\nlock:\t1: POSIX  ADVISORY  READ 7 fe:00:5 3 9\n"
+    lock = "lock:\t1: POSIX  ADVISORY  READ 7 fe:00:5 3 9\n"
+    text = "pos:\t18446744073709551615\nflags:\t02100001\nmnt_id:\t27\nino:\t5\n" + lock
     info = fdinfo.parse(text)
     assert (info.pos, info.flags, info.cloexec) == ((1 << 64) - 1, os.O_WRONLY | 0o100000, True)
     assert info.locks == (fdinfo.LockLine("POSIX", False, 7, 3, 9),)
