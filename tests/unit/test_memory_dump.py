@@ -1,0 +1,238 @@
+"""Which pages a dump stores, and that every byte of them arrives."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from gpurestore.core import Cancel
+from gpurestore.errors import CancelledError, CoreError, GpurestoreError
+from gpurestore.images import pb
+from gpurestore.images.folder import ImageFolder
+from gpurestore.images.pagemap import read_pagemap
+from gpurestore.images.writer import ImageWriter
+from gpurestore.tasks import memory, vmaflags
+from support.memory_child import (
+    MAP_ANONYMOUS,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    PAGE,
+    PROT_NONE,
+    PROT_READ,
+    PROT_RW,
+    MemoryChild,
+    commit_images,
+    fill,
+    libc,
+    map_memory,
+    pattern,
+)
+
+HOWS = pytest.mark.parametrize("how", [memory.IOCTL, memory.READ], ids=["ioctl", "read"])
+
+
+def area(start: int, size: int, status: int = vmaflags.ANON_PRIVATE) -> pb.vma_entry:
+    return pb.vma_entry(
+        start=start, end=start + size, pgoff=0, shmid=0, prot=3, flags=0x22, status=vmaflags.REGULAR | status, fd=-1
+    )
+
+
+def scan(child: MemoryChild, start: int, size: int, how: int) -> list[tuple[int, int]]:
+    return list(memory.scan(child.pid, [area(start, size)], memory.STORED, how=how))
+
+
+@HOWS
+def test_only_pages_that_were_written_are_stored(how: int) -> None:
+    def prepare() -> list[int]:
+        start = map_memory(64 * PAGE)
+        for page in (3, 4, 5, 9, 63):
+            fill(start + page * PAGE)
+        return [start]
+
+    with MemoryChild(prepare) as child:
+        (start,) = child.values
+        assert scan(child, start, 64 * PAGE, how) == [
+            (start + 3 * PAGE, 3),
+            (start + 9 * PAGE, 1),
+            (start + 63 * PAGE, 1),
+        ]
+
+
+@HOWS
+def test_pages_that_were_only_read_are_the_zero_page_and_not_stored(how: int) -> None:
+    if how == memory.READ and os.geteuid() != 0:
+        pytest.skip("frame numbers, by which the zero page is known, are root's")
+
+    def prepare() -> list[int]:
+        start = map_memory(16 * PAGE)
+        for page in range(16):
+            assert libc.memcmp(start + page * PAGE, b"\0", 1) == 0
+        fill(start + 7 * PAGE)
+        return [start]
+
+    libc.memcmp.argtypes = [__import__("ctypes").c_void_p, __import__("ctypes").c_char_p, __import__("ctypes").c_size_t]
+    with MemoryChild(prepare) as child:
+        (start,) = child.values
+        assert scan(child, start, 16 * PAGE, how) == [(start + 7 * PAGE, 1)]
+
+
+@HOWS
+def test_of_a_private_file_mapping_only_copied_pages_are_stored(how: int, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 16 * 8)
+
+    def prepare() -> list[int]:
+        fd = os.open(file, os.O_RDONLY)
+        start = map_memory(8 * PAGE, PROT_RW, MAP_PRIVATE, fd)
+        sum(map(ord, str(start)))
+        for page in range(8):
+            libc.memchr(start + page * PAGE, 0, PAGE)
+        fill(start + 2 * PAGE)
+        return [start]
+
+    import ctypes
+
+    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    with MemoryChild(prepare) as child:
+        (start,) = child.values
+        assert scan(child, start, 8 * PAGE, how) == [(start + 2 * PAGE, 1)]
+
+
+def test_a_reservation_of_a_terabyte_costs_nothing() -> None:
+    size = 1 << 40
+
+    def prepare() -> list[int]:
+        start = map_memory(size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+        last = start + size - PAGE
+        libc.mprotect(last, PAGE, PROT_RW)
+        fill(last)
+        return [start]
+
+    with MemoryChild(prepare) as child:
+        (start,) = child.values
+        began = time.perf_counter()
+        assert scan(child, start, size, memory.IOCTL) == [(start + size - PAGE, 1)]
+        assert time.perf_counter() - began < 1
+
+
+def test_a_scan_can_be_cancelled() -> None:
+    cancel = Cancel()
+    cancel.set()
+    with pytest.raises(CancelledError):
+        memory.scan(os.getpid(), [area(1 << 20, 1 << 20)], memory.STORED, cancel)
+
+
+def test_a_task_that_is_gone_is_an_error() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    with pytest.raises(CoreError, match="pagemap"):
+        memory.scan(pid, [area(1 << 20, 1 << 20)], memory.STORED)
+
+
+def test_guards_are_found_and_not_stored() -> None:
+    def prepare() -> list[int]:
+        start = map_memory(16 * PAGE)
+        fill(start, 16)
+        return [start, libc.madvise(start + 4 * PAGE, 2 * PAGE, vmaflags.MADV_GUARD_INSTALL) + 1]
+
+    with MemoryChild(prepare) as child:
+        start, supported = child.values
+        if not supported:
+            pytest.skip("MADV_GUARD_INSTALL came with Linux 6.13")
+        vma = area(start, 16 * PAGE)
+        assert list(memory.scan(child.pid, [vma], memory.GUARD)) == [(start + 4 * PAGE, 2)]
+        assert list(memory.scan(child.pid, [vma], memory.STORED)) == [(start, 4), (start + 6 * PAGE, 10)]
+
+
+def address_space(*vmas: pb.vma_entry) -> pb.mm_entry:
+    return pb.mm_entry(vmas=vmas)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_byte_arrives_from_memory_of_every_protection(folder: Path, jobs: int) -> None:
+    """More than one chunk, runs of all lengths, pages that their owner may not read."""
+    nr_pages = 1700
+
+    def prepare() -> list[int]:
+        start = map_memory(nr_pages * PAGE)
+        for page in range(nr_pages):
+            if page % 7 and page % 13:
+                fill(start + page * PAGE)
+        libc.mprotect(start + 100 * PAGE, 50 * PAGE, PROT_NONE)
+        libc.mprotect(start + 700 * PAGE, 3 * PAGE, PROT_READ)
+        libc.mprotect(start + 1000 * PAGE, 600 * PAGE, PROT_NONE)
+        return [start]
+
+    with MemoryChild(prepare) as child, ImageWriter(folder / "images") as writer:
+        (start,) = child.values
+        progress = memory.Progress()
+        mm = address_space(area(start, nr_pages * PAGE))
+        size = memory.dump(writer, child.pid, mm, 7, jobs=jobs, progress=progress)
+        assert progress.done_bytes == size
+        commit_images(writer)
+    with ImageFolder(folder / "images") as images:
+        pagemap = read_pagemap(images, "pagemap", child.pid)
+        pages = (folder / "images" / "pages-7.img").read_bytes()
+    expected = [start + page * PAGE for page in range(nr_pages) if page % 7 and page % 13]
+    runs = zip(pagemap.vaddrs, pagemap.nr_pages, strict=True)
+    assert [a + i * PAGE for a, n in runs for i in range(n)] == expected
+    assert pages == b"".join(map(pattern, expected))
+
+
+def test_a_full_disk_is_reported_as_such(folder: Path) -> None:
+    def prepare() -> list[int]:
+        start = map_memory(64 * PAGE)
+        fill(start, 64)
+        return [start]
+
+    with MemoryChild(prepare) as child, ImageWriter(folder / "images") as writer:
+        pages = memory.PagesFile(writer, 1, None, None, None)
+        full = os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, pages._fd)
+        os.close(full)
+        runs = memory.scan(child.pid, [area(child.values[0], 64 * PAGE)], memory.STORED)
+        with pytest.raises(GpurestoreError, match="no space left for pages-1.img"):
+            pages.add_from_task(child.pid, runs)
+
+
+def test_pages_that_went_away_are_an_error_that_names_the_address(folder: Path) -> None:
+    with MemoryChild(lambda: [map_memory(PAGE)]) as child, ImageWriter(folder / "images") as writer:
+        pages = memory.PagesFile(writer, 1, None, None, None)
+        gone = memory.PageRuns()
+        gone.insert(PAGE, 1)
+        with pytest.raises(CoreError, match=f"0x1000 of task {child.pid}"):
+            pages.add_from_task(child.pid, gone)
+
+
+def test_writing_pages_can_be_cancelled(folder: Path) -> None:
+    cancel = Cancel()
+    cancel.set()
+    with ImageWriter(folder / "images") as writer, pytest.raises(CancelledError):
+        pages = memory.PagesFile(writer, 1, None, cancel, None)
+        runs = memory.PageRuns()
+        runs.insert(PAGE, 1)
+        pages.add_from_task(os.getpid(), runs)
+
+
+def test_an_object_is_stored_without_its_holes_and_its_last_page_whole(folder: Path) -> None:
+    fd = os.memfd_create("object")
+    size = 20 * PAGE + 100
+    os.ftruncate(fd, size)
+    os.pwrite(fd, b"a" * PAGE, 3 * PAGE)
+    os.pwrite(fd, b"z" * 100, 20 * PAGE)
+    with ImageWriter(folder / "images") as writer:
+        assert memory.save_object(writer, 5, fd, size, 2) == 2 * PAGE
+        commit_images(writer)
+    copy = os.memfd_create("copy")
+    os.ftruncate(copy, size)
+    with ImageFolder(folder / "images") as images:
+        assert list(read_pagemap(images, "pagemap-shmem", 5).vaddrs) == [3 * PAGE, 20 * PAGE]
+        memory.fill_file(images, 5, copy, size)
+    assert os.pread(copy, size, 0) == os.pread(fd, size, 0)
+    assert os.fstat(copy).st_blocks == os.fstat(fd).st_blocks
+    os.close(fd)
+    os.close(copy)
