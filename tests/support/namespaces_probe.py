@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 
+from gpurestore import namespaces
+from gpurestore.errors import GpurestoreError
+
 
 def checkpoint_rights() -> str | None:
     """Why live trees cannot be dumped and restored here, in words; None when they can."""
-    if os.geteuid() != 0:
-        return "needs root, or a user namespace of one's own (make test enters one where the kernel allows it)"
-    with open("/proc/self/status", encoding="ascii") as file:
-        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    needed = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
-    missing = [name for name, bit in needed.items() if not effective >> bit & 1]
-    if missing:
-        return f"needs {' and '.join(missing)}"
+    try:
+        namespaces.require_restore_rights()
+    except GpurestoreError as error:
+        return str(error)
     return None
 
 

@@ -1,0 +1,73 @@
+"""Images are CRIU's: crit decodes ours, CRIU restores ours, and we restore CRIU's."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.criu import Crit, Criu, find_crit, find_criu
+from support.round_trip import dump, restore
+from support.tool import Tool
+from support.victims import Victims
+
+NO_HEADER = ("pages-", "ghost-file-")
+
+
+@pytest.fixture(scope="module")
+def criu() -> Criu:
+    found = find_criu()
+    if found is None:
+        pytest.skip("no criu that passes its own check: name one with CRIU=PROGRAM")
+    return found
+
+
+@pytest.fixture(scope="module")
+def crit() -> Iterator[Crit]:
+    folder = Path(tempfile.mkdtemp(prefix="gpurestore-crit-"))
+    found = find_crit(folder)
+    if found is None:
+        pytest.skip("no crit: name one with CRIT=PROGRAM, or a criu in its built source tree with CRIU=PROGRAM")
+    yield found
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.usefixtures("rights")
+@pytest.mark.parametrize(
+    "name", ["idle", "threads", "tree", "timers", "memory", "filemaps", "shared", "files", "pipes"]
+)
+def test_crit_decodes_every_image_of_a_dump(tool: Tool, victims: Victims, folder: Path, crit: Crit, name: str) -> None:
+    victim = victims.start(name)
+    tool.dump(victim.pid, folder / "images", "-R").expect(0)
+    images = [path for path in sorted((folder / "images").glob("*.img")) if not path.name.startswith(NO_HEADER)]
+    assert len(images) >= 8
+    for image in images:
+        decoded = crit.decode(image)
+        assert decoded["magic"], image.name
+        assert decoded["entries"] or image.name.startswith(("fdinfo", "pagemap", "timens")), f"{image.name} is empty"
+    tree = crit.decode(folder / "images" / "pstree.img")["entries"]
+    assert sorted(int(entry["pid"]) for entry in tree) == sorted(victim.pids)
+
+
+@pytest.mark.usefixtures("rights", "real_root")
+@pytest.mark.parametrize("name", ["idle", "registers", "signals", "tree", "timers", "filemaps", "shared", "cow"])
+def test_criu_restores_our_dump(tool: Tool, victims: Victims, folder: Path, criu: Criu, name: str) -> None:
+    victim = victims.start(name)
+    dump(tool, victim, folder / "images")
+    result = criu.run("restore", folder / "images", "-d")
+    assert result.returncode == 0, result.stdout[-6000:]
+    victim.finish()
+
+
+@pytest.mark.usefixtures("rights", "real_root")
+@pytest.mark.parametrize("name", ["idle", "registers", "signals", "tree", "timers", "filemaps", "shared", "cow"])
+def test_we_restore_a_dump_of_criu(tool: Tool, victims: Victims, folder: Path, criu: Criu, name: str) -> None:
+    victim = victims.start(name)
+    (folder / "images").mkdir()
+    result = criu.run("dump", folder / "images", "-t", str(victim.pid))
+    assert result.returncode == 0, result.stdout[-6000:]
+    victim.expect_gone()
+    restore(tool, victim, folder / "images")
+    victim.finish()

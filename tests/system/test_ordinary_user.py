@@ -1,0 +1,63 @@
+"""An ordinary user dumps and restores in namespaces of their own: the system tests themselves, run by another user."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.victims import NOBODY
+
+TESTS = Path(__file__).parent
+CHOSEN = (
+    "test_threads.py::test_every_register_of_spinning_threads_survives",
+    "test_threads.py::test_thread_attributes_and_pending_signals_survive",
+    "test_processes.py::test_a_tree_keeps_its_pids_parents_groups_sessions_zombies_and_stopped_task",
+    "test_processes.py::test_limits_names_areas_and_other_process_state_survive",
+    "test_processes.py::test_timers_keep_their_ids_and_the_time_that_had_run",
+    "test_memory.py",
+    "test_descriptors.py",
+    "test_unsupported.py::test_all_obstacles_of_a_tree_are_named_in_one_line",
+    "test_bad_input.py::test_a_zombie_that_keeps_a_pid_is_named_with_its_parent",
+)
+
+
+@pytest.mark.usefixtures("real_root", "compiler")
+def test_an_ordinary_user_passes_the_system_tests_in_a_namespace_of_their_own(folder: Path) -> None:
+    os.chown(folder, NOBODY, NOBODY)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    command += [str(TESTS / name) for name in CHOSEN]
+
+    def run(arguments: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            arguments,
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            cwd=TESTS.parent.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    try:
+        probe = run([sys.executable, "-m", "gpurestore.namespaces", "--", "true"], 20)
+    except PermissionError:
+        pytest.skip("this checkout is not readable for other users")
+    if probe.returncode:
+        pytest.skip(f"another user cannot enter a namespace of their own here: {probe.stderr.strip()}")
+    result = run(command, 300)
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-4000:]
+    assert re.search(r"\b\d+ passed", result.stdout)
+    assert "skipped" not in result.stdout.splitlines()[-1], result.stdout[-3000:]
