@@ -1,4 +1,4 @@
-"""A fork of the test that serves the agent's slots, so that plans run for real without any rights and without ptrace."""
+"""A fork of the test that serves the agent: plans run for real, without any rights and without ptrace."""
 
 from __future__ import annotations
 

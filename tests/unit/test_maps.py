@@ -6,10 +6,11 @@ import mmap
 import os
 
 import pytest
-from gpurestore.errors import NoSuchTaskError
-from gpurestore.tasks import maps
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gpurestore.errors import NoSuchTaskError
+from gpurestore.tasks import maps
 
 SMAPS = b"""\
 55d0c0a00000-55d0c0a21000 rw-p 00000000 00:00 0                          [heap]
@@ -85,5 +86,5 @@ def test_a_hole_never_overlaps_anything(taken: list[tuple[int, int]], size: int)
         start = maps.find_hole(taken, size)
     except ValueError:
         return
-    assert maps.LOWEST_ADDRESS <= start and start + size <= maps.TASK_SIZE
+    assert start >= maps.LOWEST_ADDRESS and start + size <= maps.TASK_SIZE
     assert all(start + size <= low or high <= start for low, high in taken)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
 
 import pytest
-from gpurestore.core import Cancel
-from gpurestore.errors import CancelledError, CoreError, GpurestoreError
-from gpurestore.images import pb
-from gpurestore.images.folder import ImageFolder
-from gpurestore.images.pagemap import read_pagemap
-from gpurestore.images.writer import ImageWriter
-from gpurestore.tasks import memory, vmaflags
 from support.memory_child import (
     MAP_ANONYMOUS,
     MAP_NORESERVE,
@@ -29,6 +23,14 @@ from support.memory_child import (
     map_memory,
     pattern,
 )
+
+from gpurestore.core import Cancel
+from gpurestore.errors import CancelledError, CoreError, GpurestoreError
+from gpurestore.images import pb
+from gpurestore.images.folder import ImageFolder
+from gpurestore.images.pagemap import read_pagemap
+from gpurestore.images.writer import ImageWriter
+from gpurestore.tasks import memory, vmaflags
 
 HOWS = pytest.mark.parametrize("how", [memory.IOCTL, memory.READ], ids=["ioctl", "read"])
 
@@ -67,12 +69,10 @@ def test_pages_that_were_only_read_are_the_zero_page_and_not_stored(how: int) ->
 
     def prepare() -> list[int]:
         start = map_memory(16 * PAGE)
-        for page in range(16):
-            assert libc.memcmp(start + page * PAGE, b"\0", 1) == 0
+        assert ctypes.string_at(start, 16 * PAGE) == bytes(16 * PAGE)
         fill(start + 7 * PAGE)
         return [start]
 
-    libc.memcmp.argtypes = [__import__("ctypes").c_void_p, __import__("ctypes").c_char_p, __import__("ctypes").c_size_t]
     with MemoryChild(prepare) as child:
         (start,) = child.values
         assert scan(child, start, 16 * PAGE, how) == [(start + 7 * PAGE, 1)]
@@ -86,15 +86,10 @@ def test_of_a_private_file_mapping_only_copied_pages_are_stored(how: int, tmp_pa
     def prepare() -> list[int]:
         fd = os.open(file, os.O_RDONLY)
         start = map_memory(8 * PAGE, PROT_RW, MAP_PRIVATE, fd)
-        sum(map(ord, str(start)))
-        for page in range(8):
-            libc.memchr(start + page * PAGE, 0, PAGE)
+        ctypes.string_at(start, 8 * PAGE)
         fill(start + 2 * PAGE)
         return [start]
 
-    import ctypes
-
-    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     with MemoryChild(prepare) as child:
         (start,) = child.values
         assert scan(child, start, 8 * PAGE, how) == [(start + 2 * PAGE, 1)]
@@ -195,7 +190,7 @@ def test_a_full_disk_is_reported_as_such(folder: Path) -> None:
         os.dup2(full, pages._fd)
         os.close(full)
         runs = memory.scan(child.pid, [area(child.values[0], 64 * PAGE)], memory.STORED)
-        with pytest.raises(GpurestoreError, match="no space left for pages-1.img"):
+        with pytest.raises(GpurestoreError, match=r"no space left for pages-1\.img"):
             pages.add_from_task(child.pid, runs)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.agent_child import AgentChild
+from support.memory_child import PAGE, PROT_READ, PROT_RW, commit_images, libc, map_memory, pattern
+
 from gpurestore.core import Cancel, Region
 from gpurestore.errors import CancelledError, CoreError, ImageError, TaskDiedError
 from gpurestore.images import pb
@@ -16,10 +23,6 @@ from gpurestore.images.folder import ImageFolder
 from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.tasks import maps, memory, vmaflags
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support.agent_child import AgentChild
-from support.memory_child import PAGE, PROT_READ, PROT_RW, commit_images, libc, map_memory, pattern
 
 BASE = 0x10_0000_0000
 MIB = 1 << 20
@@ -123,8 +126,6 @@ def test_every_page_arrives_at_its_address(
         made = memory._plan(found, "pagemap", 1, array("Q", [0]), array("Q", [at]), b"\0", chunk_bytes)
         with memory.open_pages(found, made) as pages:
             made.fill(start, pages.fileno(), jobs=2)
-    import ctypes
-
     memory_now = ctypes.string_at(start, at)
     expected = bytearray(at)
     for address, nr in runs:
@@ -199,8 +200,6 @@ def test_a_task_that_dies_meanwhile_is_an_error(folder: Path, region: Region) ->
 
 
 def test_half_a_million_runs_are_planned_in_well_below_a_second(folder: Path) -> None:
-    import time
-
     nr = 500_000
     with ImageWriter(folder / "images") as writer:
         vaddrs = array("Q", range(BASE, BASE + 2 * nr * PAGE, 2 * PAGE))
