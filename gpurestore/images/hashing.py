@@ -20,7 +20,7 @@ from gpurestore.errors import CancelledError, ImageError
 
 CHUNK_BYTES = 64 << 20
 # Small enough to stay in a core's cache between being read and being hashed.
-_READ_BYTES = 512 << 10
+_READ_BYTES = 256 << 10
 # Below this, starting threads costs more than it saves.
 _INLINE_BYTES = 8 << 20
 
