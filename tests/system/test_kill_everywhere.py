@@ -1,4 +1,4 @@
-"""The tool is killed, or fails, at every stage: the tree goes on, images are whole or absent, no half restore is left."""
+"""The tool dies or fails at every stage: the tree goes on, images are whole or absent, no half restore is left."""
 
 from __future__ import annotations
 
