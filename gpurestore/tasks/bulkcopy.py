@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 CHUNK_BYTES = 4 << 20
@@ -56,6 +55,8 @@ def copy(pieces: Sequence[Piece], workers: int | None = None) -> None:
         for chunk in chunks:
             _copy_chunk(chunk)
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(count, thread_name_prefix="bulkcopy") as pool:
         for done in [pool.submit(_copy_chunk, chunk) for chunk in chunks]:
             done.result()

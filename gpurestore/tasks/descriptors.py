@@ -8,7 +8,7 @@ plans that bring them to their numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpurestore.batch import Call
@@ -17,8 +17,10 @@ from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import eventfds, fdinfo, filelocks, memfds, mounts, pipes, regfiles, tmpfs
 from gpurestore.tasks.fdinfo import FdInfo, OpenFile
+from gpurestore.tasks.filefacts import FileFacts
 from gpurestore.tasks.filekinds import FileKind, classify
 from gpurestore.tasks.ghosts import GhostDump
+from gpurestore.tasks.hiddenfiles import HiddenFiles
 
 if TYPE_CHECKING:
     from gpurestore.images.writer import ImageWriter
@@ -38,6 +40,8 @@ class TaskLike(Protocol):
 
     @property
     def pidfd(self) -> int: ...
+
+    def read_memory(self, address: int, size: int) -> bytes: ...
 
 
 class Kernel(Protocol):
@@ -78,6 +82,7 @@ class FileTable:
             from gpurestore import core
 
             kernel = core
+        fdinfo.raise_limit()
         self._kernel = kernel
         self._findings = findings
         self._mounts = mounts.read()
@@ -86,7 +91,8 @@ class FileTable:
         self._next_id = 1
         self._descriptions = _Descriptions(kernel)
         self._specials: dict[tuple[Any, ...], int] = {}
-        self._extension: dict[str, Any] = {"semaphores": [], "rdev": {}, "tmpfs": {}}
+        self._facts = FileFacts()
+        self._hidden = HiddenFiles()
         self._ghosts, self._pipes = GhostDump(), pipes.PipeDump()
         self._memfds, self._locks = memfds.MemfdDump(), filelocks.LockDump()
 
@@ -129,12 +135,12 @@ class FileTable:
         try:
             own = os.open(link, os.O_PATH | os.O_CLOEXEC)
         except PermissionError:
-            return self._add_mapping_by_path(vma, where, flags)
+            return self._add_mapping_by_path(task, vma, where, flags)
         except OSError as error:
             return self._refuse(where, f"mapped file {vma.path}", f"cannot be looked at: {error.strerror}")
         return self._add_special(where, own, flags)
 
-    def _add_mapping_by_path(self, vma: Vma, where: str, flags: int) -> int:
+    def _add_mapping_by_path(self, task: TaskLike, vma: Vma, where: str, flags: int) -> int:
         """Without CAP_CHECKPOINT_RESTORE map_files stays closed: the path must do, if it leads to the same inode."""
         if not vma.deleted:
             try:
@@ -144,14 +150,7 @@ class FileTable:
             if os.fstat(own).st_ino == vma.ino:
                 return self._add_special(where, own, flags)
             os.close(own)
-        for file_id in self._specials_of_inode(vma):
-            return file_id
-        why = "the file has no name any more; reaching it takes CAP_CHECKPOINT_RESTORE (or root)"
-        return self._refuse(where, f"mapped file {vma.path}", why)
-
-    def _specials_of_inode(self, vma: Vma) -> Iterable[int]:
-        device = os.makedev(*vma.dev)
-        return [file_id for key, file_id in self._specials.items() if key[:2] == (device, vma.ino)]
+        return self._hidden.add(task, vma, flags, self._append)
 
     def add_exe(self, task: TaskLike) -> int:
         """The id of the program that ``task`` runs."""
@@ -205,7 +204,7 @@ class FileTable:
             case FileKind.EVENTFD:
                 file_id = self._append(lambda i: eventfds.collect(file, i))
                 if eventfds.is_semaphore(file):
-                    self._extension["semaphores"].append(file_id)
+                    self._facts.semaphores.append(file_id)
                 return file_id
             case FileKind.MEMFD:
                 inode_id = self._memfds.add(file, self._findings)
@@ -227,7 +226,7 @@ class FileTable:
             return 0
         file_id = self._append(lambda i: pb.file_entry(type=pb.REG, id=i, reg=regfiles.collect(file, i, located.name)))
         if file.stat.st_rdev and not file.info.flags & os.O_PATH:
-            self._extension["rdev"][str(file_id)] = file.stat.st_rdev
+            self._facts.rdev[file_id] = file.stat.st_rdev
         writable = file.info.flags & os.O_ACCMODE != os.O_RDONLY
         try:
             if located.ghost:
@@ -235,7 +234,7 @@ class FileTable:
                 remap = pb.remap_file_path_entry(orig_id=file_id, remap_id=ghost_id, remap_type=pb.GHOST)
                 self._remaps.append(remap)
             elif tmpfs.is_volatile(file, self._mounts, writable=writable):
-                self._extension["tmpfs"][str(file_id)] = self._ghosts.add(file)
+                self._facts.tmpfs[file_id] = self._ghosts.add(file)
         except OSError as error:
             return self._refuse(file.where, f"file {located.name}", f"its content cannot be read: {error.strerror}")
         return file_id
@@ -248,6 +247,7 @@ class FileTable:
 
     def finish(self) -> None:
         """Look at what only shows when everything was added; findings go where all others went."""
+        self._remaps += self._hidden.finish(self._ghosts, self._findings)
         self._pipes.finish(self._findings)
 
     def write(self, writer: ImageWriter, save_object: memfds.SaveObject) -> None:
@@ -257,10 +257,9 @@ class FileTable:
             writer.write("remap-fpath", self._remaps)
         if self._locks.entries:
             writer.write("filelocks", self._locks.entries)
-        packets: dict[str, list[int]] = {}
         for kind, fifo in (("pipes-data", False), ("fifo-data", True)):
             data = self._pipes.data(fifo=fifo)
-            packets |= {str(pipe.pipe_id): [len(chunk) for chunk in pipe.chunks] for pipe in data if pipe.packets}
+            self._facts.packets |= {p.pipe_id: [len(chunk) for chunk in p.chunks] for p in data if p.packets}
             if data:
                 writer.write(
                     kind, [pipes.data_entry(pipe) for pipe in data], payloads=[b"".join(p.chunks) for p in data]
@@ -269,7 +268,8 @@ class FileTable:
         if inodes := self._memfds.entries():
             writer.write("memfd", inodes)
             self._memfds.save(save_object)
-        writer.extension["files"] = {**self._extension, "pipes": self._pipes.extension(), "packets": packets}
+        self._facts.pipes = self._pipes.owners()
+        writer.extension["files"] = self._facts.to_json()
 
     def close(self) -> None:
         """Drop every duplicate. To be called however the dump ends, before the tree goes on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import struct
 from dataclasses import dataclass, field
 
@@ -135,6 +136,13 @@ def open_file(where: str, fd: int, info: FdInfo, link: str | None = None) -> Ope
     """Describe ``fd``, a descriptor of this process, which the result takes over."""
     target = os.readlink(f"/proc/self/fd/{fd}") if link is None else link
     return OpenFile(where, fd, os.fstat(fd), target, info, read_owner(fd, info.flags))
+
+
+def raise_limit(needed: int | None = None) -> None:
+    """Let this process have as many descriptors as it may, if its soft limit is below ``needed``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft not in (resource.RLIM_INFINITY, hard) and (needed is None or soft < needed):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def reopen(fd: int, flags: int) -> int:

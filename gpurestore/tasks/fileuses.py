@@ -33,7 +33,9 @@ class FileUses:
         self._first: dict[int, tuple[int, int]] = {}
         self._directories: set[int] = set()
         self._mapped: dict[int, int] = {}
+        self.pids: set[int] = set()  # of processes, threads, groups and sessions
         for item in folder.read("pstree"):
+            self.pids |= {item.pid, item.pgid, item.sid, *item.threads}
             self._read_task(folder, item.pid)
 
     def _add_entry(self, entry: pb.file_entry) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gpurestore.errors import GpurestoreError, ImageError
+from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import container, pb
 from gpurestore.images.magic import KINDS
 from gpurestore.tasks import bulkcopy, fdinfo
@@ -48,7 +48,8 @@ class GhostFolder(Protocol):
 class _Ghost:
     ghost_id: int
     fd: int  # of our own, readable
-    stat: os.stat_result
+    path: str
+    entry: pb.ghost_file_entry
 
 
 class GhostDump:
@@ -63,10 +64,26 @@ class GhostDump:
         ghost = self._ghosts.get(file.key)
         if ghost is None:
             flags = os.O_RDONLY if stat.S_ISREG(file.stat.st_mode) else os.O_PATH
-            ghost = _Ghost(self._next_id, fdinfo.reopen(file.fd, flags), file.stat)
-            self._ghosts[file.key] = ghost
-            self._next_id += 1
+            ghost = self._note(file.key, fdinfo.reopen(file.fd, flags), file.path, _entry(file.stat))
         return ghost.ghost_id
+
+    def find(self, path: str, ino: int) -> int | None:
+        """The ghost id of a file that is known already, by what /proc/PID/maps tells of a file."""
+        for (_, number), ghost in self._ghosts.items():
+            if number == ino and ghost.path == path:
+                return ghost.ghost_id
+        return None
+
+    def add_copy(self, fd: int, path: str, ino: int, uid: int, gid: int) -> int:
+        """Note a file that only ``fd``, a copy of its content, stands for."""
+        entry = _entry(os.fstat(fd))
+        entry.uid, entry.gid, entry.mode, entry.ino = uid, gid, stat.S_IFREG | 0o600, ino
+        return self._note((-1, self._next_id), fdinfo.reopen(fd, os.O_RDONLY), path, entry).ghost_id
+
+    def _note(self, key: tuple[int, int], fd: int, path: str, entry: pb.ghost_file_entry) -> _Ghost:
+        ghost = self._ghosts[key] = _Ghost(self._next_id, fd, path, entry)
+        self._next_id += 1
+        return ghost
 
     def write(self, writer: ImageWriter) -> None:
         """Write one image per ghost."""
@@ -81,9 +98,9 @@ class GhostDump:
 
 
 def _write_content(writer: ImageWriter, ghost: _Ghost) -> None:
-    entry = _entry(ghost.stat)
+    entry = ghost.entry
     image = writer.open_image("ghost-file", [entry], ghost.ghost_id)
-    size = ghost.stat.st_size if stat.S_ISREG(ghost.stat.st_mode) else 0
+    size = os.fstat(ghost.fd).st_size if stat.S_ISREG(entry.mode) else 0
     offset = os.fstat(image).st_size
     pieces = []
     try:
@@ -216,6 +233,15 @@ def apply_metadata(fd: int, entry: pb.ghost_file_entry) -> None:
 
 def _nanoseconds(value: pb.timeval) -> int:
     return int(value.tv_sec) * 10**9 + int(value.tv_usec) * 1000
+
+
+def check_place(where: str, path: str) -> list[Finding]:
+    """Whether the file can be made again where it was."""
+    directory = _nearest_directory(path)
+    if os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        return []
+    why = f"uid {os.geteuid()} may not write to {directory}, where its content is to be put back"
+    return [Finding(where, f"removed file {path}", why)]
 
 
 def _nearest_directory(path: str) -> str:

@@ -16,14 +16,14 @@ import os
 import select
 import stat
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.tasks import fdinfo
 from gpurestore.tasks.fdinfo import OpenFile
+from gpurestore.tasks.filefacts import PipeOwner
 from gpurestore.tasks.rawcalls import tee
 
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
@@ -93,14 +93,10 @@ class PipeDump:
         """Duplicate what is in flight."""
         return [_read(pipe) for pipe in self._pipes.values() if pipe.fifo == fifo]
 
-    def extension(self) -> dict[str, Any]:
-        """Owner and mode of the pipes' inodes, which decide who may open /proc/PID/fd/N."""
+    def owners(self) -> dict[int, PipeOwner]:
+        """Owner and mode of the pipes' inodes, by pipe id."""
         return {
-            str(pipe.pipe_id): {
-                "uid": pipe.stat.st_uid,
-                "gid": pipe.stat.st_gid,
-                "mode": stat.S_IMODE(pipe.stat.st_mode),
-            }
+            pipe.pipe_id: PipeOwner(pipe.stat.st_uid, pipe.stat.st_gid, stat.S_IMODE(pipe.stat.st_mode))
             for pipe in self._pipes.values()
             if not pipe.fifo
         }
@@ -238,7 +234,7 @@ def check_capacity(data: PipeData) -> list[Finding]:
 class PipeStage:
     """Pipes being made: each id once, ends handed out as descriptions."""
 
-    def __init__(self, data: dict[int, PipeData], owners: dict[str, Any]) -> None:
+    def __init__(self, data: dict[int, PipeData], owners: Mapping[int, PipeOwner]) -> None:
         self._data = data
         self._owners = owners
         self._ends: dict[int, _Ends] = {}
@@ -261,14 +257,14 @@ class PipeStage:
         return fdinfo.reopen(ends.reader, entry.flags & (os.O_ACCMODE | _SETFL_FLAGS))
 
     def _own(self, fd: int, pipe_id: int) -> None:
-        owner = self._owners.get(str(pipe_id))
+        owner = self._owners.get(pipe_id)
         if owner is None:
             return
         have = os.fstat(fd)
-        if (have.st_uid, have.st_gid) != (owner["uid"], owner["gid"]):
-            os.fchown(fd, owner["uid"], owner["gid"])
-        if stat.S_IMODE(have.st_mode) != owner["mode"]:
-            os.fchmod(fd, owner["mode"])
+        if (have.st_uid, have.st_gid) != (owner.uid, owner.gid):
+            os.fchown(fd, owner.uid, owner.gid)
+        if stat.S_IMODE(have.st_mode) != owner.mode:
+            os.fchmod(fd, owner.mode)
 
     def close(self) -> None:
         """Drop our hold of the ends: one that no task has must not stay open here."""
@@ -331,11 +327,13 @@ def open_fifo(path: str, flags: int, data: PipeData | None, *, first: bool) -> i
         os.close(helper)
 
 
-def data_by_id(entries: Sequence[tuple[pb.pipe_data_entry, bytes]], packets: dict[str, Any]) -> dict[int, PipeData]:
+def data_by_id(
+    entries: Sequence[tuple[pb.pipe_data_entry, bytes]], packets: Mapping[int, list[int]]
+) -> dict[int, PipeData]:
     """Records of pipes-data.img or fifo-data.img, cut into packets where the extension says so."""
     result = {}
     for entry, payload in entries:
-        lengths = packets.get(str(entry.pipe_id), [len(payload)])
+        lengths = packets.get(entry.pipe_id, [len(payload)])
         if sum(lengths) != len(payload):
             raise ImageError(f"pipe {entry.pipe_id:#x} has {len(payload)} bytes, but packets of {sum(lengths)}")
         chunks, offset = [], 0
@@ -343,5 +341,5 @@ def data_by_id(entries: Sequence[tuple[pb.pipe_data_entry, bytes]], packets: dic
             chunks.append(payload[offset : offset + length])
             offset += length
         capacity = entry.size if entry.HasField("size") else None
-        result[entry.pipe_id] = PipeData(entry.pipe_id, capacity, chunks, str(entry.pipe_id) in packets)
+        result[entry.pipe_id] = PipeData(entry.pipe_id, capacity, chunks, entry.pipe_id in packets)
     return result

@@ -21,6 +21,7 @@ import os
 import resource
 import stat
 import struct
+from collections.abc import Container
 from typing import Any
 
 from gpurestore.batch import Call, Data
@@ -29,6 +30,7 @@ from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.syscalls import NR
 from gpurestore.tasks import eventfds, fdinfo, filelocks, fs, ghosts, memfds, pipes, regfiles, tmpfs
+from gpurestore.tasks.filefacts import FileFacts
 from gpurestore.tasks.fileuses import FileUses
 from gpurestore.tasks.memfds import FillObject
 
@@ -46,17 +48,15 @@ class StagedFiles:
         """
         self._folder = folder
         self.uses = FileUses(folder)
-        extension = (folder.manifest.extension if folder.manifest is not None else {}).get("files", {})
-        self._rdev: dict[str, int] = extension.get("rdev", {})
-        self._tmpfs: dict[str, int] = extension.get("tmpfs", {})
-        self._semaphores = frozenset(extension.get("semaphores", ()))
-        packets: dict[str, list[int]] = extension.get("packets", {})
-        self._pipe_data = pipes.data_by_id(_payloads(folder, "pipes-data"), packets)
-        self._fifo_data = pipes.data_by_id(_payloads(folder, "fifo-data"), packets)
+        extension = folder.manifest.extension if folder.manifest is not None else {}
+        self._facts = facts = FileFacts.from_json(extension.get("files"))
+        self._pipe_data = pipes.data_by_id(_payloads(folder, "pipes-data"), facts.packets)
+        self._fifo_data = pipes.data_by_id(_payloads(folder, "fifo-data"), facts.packets)
         self._remaps: dict[int, pb.remap_file_path_entry] = {r.orig_id: r for r in _messages(folder, "remap-fpath")}
         self._locks: list[pb.file_lock_entry] = _messages(folder, "filelocks")
+        self._checks_memfds = fill_object is None
         self._inodes: list[pb.memfd_inode_entry] = _messages(folder, "memfd")
-        self._pipes = pipes.PipeStage(self._pipe_data, extension.get("pipes", {}))
+        self._pipes = pipes.PipeStage(self._pipe_data, facts.pipes)
         self._memfds = memfds.MemfdStage(self._inodes, fill_object or self._fill_memfd)
         self._ghosts = ghosts.GhostStage(folder)
         self._fifos_seen: set[int] = set()
@@ -70,6 +70,11 @@ class StagedFiles:
 
         memory.fill_file(self._folder, shmid, fd, size)
 
+    def _check_memfd(self, inode: pb.memfd_inode_entry) -> None:
+        from gpurestore.tasks import memory
+
+        memory.plan_object(self._folder, inode.shmid, inode.size)
+
     # ---- checks ----
 
     def check(self) -> list[Finding]:
@@ -81,6 +86,9 @@ class StagedFiles:
             )
         for pid, entry in self.uses.roots():
             findings += fs.check_root(f"pid {pid}", self._path(entry))
+        for inode in self._inodes:
+            if self._checks_memfds and inode.size:
+                self._check_memfd(inode)
         for data in (*self._pipe_data.values(), *self._fifo_data.values()):
             findings += pipes.check_capacity(data)
         return findings + self._check_limit()
@@ -103,16 +111,17 @@ class StagedFiles:
     def _check_regular(self, entry: pb.reg_file_entry, flags: int, where: str) -> list[Finding]:
         remap = self._remaps.get(entry.id)
         if remap is None:
-            carried = str(entry.id) in self._tmpfs
+            carried = entry.id in self._facts.tmpfs
             if carried:
-                ghosts.read_content(self._folder, self._tmpfs[str(entry.id)])
-            return regfiles.check(entry, flags, where, self._rdev.get(str(entry.id)), carried=carried)
+                ghosts.read_content(self._folder, self._facts.tmpfs[entry.id])
+                if findings := tmpfs.check(where, regfiles.safe_name(entry)):
+                    return findings
+            return regfiles.check(entry, flags, where, self._facts.rdev.get(entry.id), carried=carried)
         if remap.remap_type != pb.GHOST:
             kind = pb.remap_type.Name(remap.remap_type).lower()
             return [Finding(where, f"file {entry.name}", f"it was left under another name by CRIU ({kind} remap)")]
-        regfiles.safe_name(entry)
         ghosts.read_content(self._folder, remap.remap_id)
-        return []
+        return ghosts.check_place(where, regfiles.safe_name(entry))
 
     def _check_fifo(self, entry: pb.fifo_entry, where: str) -> list[Finding]:
         regular = self._fifo_file(entry)
@@ -178,7 +187,7 @@ class StagedFiles:
         """Open everything at ``base_fd`` and above. On an error, what was done is undone before it is raised."""
         try:
             self.assign(base_fd)
-            _raise_limit(base_fd + len(self._numbers) + _SPARE_DESCRIPTORS)
+            fdinfo.raise_limit(base_fd + len(self._numbers) + _SPARE_DESCRIPTORS)
             for file_id, for_mapping in self.uses.wanted():
                 self._stage(file_id, for_mapping)
             for lock in self._locks:
@@ -220,7 +229,7 @@ class StagedFiles:
             case pb.FIFO:
                 return self._open_fifo(entry.fifo)
             case pb.EVENTFD:
-                return eventfds.open_entry(entry.efd, self._semaphores)
+                return eventfds.open_entry(entry.efd, self._facts.semaphores)
             case pb.MEMFD:
                 return self._memfds.open(entry.memfd.inode_id, flags, for_mapping=for_mapping)
         raise OSError(errno.EOPNOTSUPP, "")
@@ -230,7 +239,7 @@ class StagedFiles:
         if remap is not None:
             handle = self._ghosts.handle(remap.remap_id, regfiles.safe_name(entry), entry.flags)
             return fdinfo.reopen(handle, regfiles.open_flags(flags))
-        ghost_id = self._tmpfs.get(str(entry.id))
+        ghost_id = self._facts.tmpfs.get(entry.id)
         if ghost_id is not None and ghost_id not in self._put_back:
             tmpfs.put_back(self._folder, ghost_id, regfiles.safe_name(entry), self._created)
             self._put_back.add(ghost_id)
@@ -268,7 +277,7 @@ class StagedFiles:
         calls = filelocks.plan(self._locks, pid)
         for entry in self.entries_of(pid):
             if self.uses.first_user(entry.id) == (pid, entry.fd):
-                calls += _plan_owner(entry.fd, self.uses.owner(entry.id))
+                calls += _plan_owner(entry.fd, self.uses.owner(entry.id), self.uses.pids)
         return calls
 
     def close(self) -> None:
@@ -289,14 +298,17 @@ class StagedFiles:
         self._created.clear()
 
 
-def _plan_owner(fd: int, owner: pb.fown_entry | None) -> list[Call]:
-    """F_SETSIG, and F_SETOWN_EX as the user who once said so: the kernel remembers who that was."""
+def _plan_owner(fd: int, owner: pb.fown_entry | None, pids: Container[int]) -> list[Call]:
+    """F_SETSIG, and F_SETOWN_EX as the user who once said so: the kernel remembers who that was.
+
+    An owner that is neither in the tree nor alive gets no signals, as before.
+    """
     if owner is None:
         return []
     calls = []
     if owner.signum:
         calls.append(Call(NR.FCNTL, (fd, fdinfo.F_SETSIG, owner.signum), f"signal of descriptor {fd}"))
-    if owner.pid:
+    if owner.pid and (owner.pid in pids or os.path.exists(f"/proc/{owner.pid}")):
         what = f"owner of descriptor {fd}"
         own = (os.getuid(), os.geteuid())
         other = (owner.uid, owner.euid) != own
@@ -307,12 +319,6 @@ def _plan_owner(fd: int, owner: pb.fown_entry | None) -> list[Call]:
         if other:
             calls.append(Call(NR.SETRESUID, (*own, _KEEP_ID), what))
     return calls
-
-
-def _raise_limit(needed: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _messages(folder: ImageFolder, kind: str) -> list[Any]:

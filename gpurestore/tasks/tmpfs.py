@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Mapping
 
-from gpurestore.errors import GpurestoreError
+from gpurestore.errors import Finding, GpurestoreError
 from gpurestore.tasks import ghosts
 from gpurestore.tasks.fdinfo import OpenFile
 from gpurestore.tasks.mounts import Mount
@@ -27,6 +27,18 @@ def is_volatile(file: OpenFile, mounts: Mapping[int, Mount], *, writable: bool) 
     if mount is None or mount.fs_type not in ("tmpfs", "ramfs") or not stat.S_ISREG(file.stat.st_mode):
         return False
     return file.stat.st_nlink > 0 and (writable or mount.mountpoint == _ALWAYS)
+
+
+def check(where: str, path: str) -> list[Finding]:
+    """Whether the file can be made again, should it be missing or different."""
+    if os.path.lexists(path):
+        problem = None if os.access(path, os.R_OK | os.W_OK, effective_ids=True) else "may not be written"
+    elif not os.path.isdir(os.path.dirname(path)):
+        problem = f"is gone, and so is its directory {os.path.dirname(path)}"
+    else:
+        may = os.access(os.path.dirname(path), os.W_OK | os.X_OK, effective_ids=True)
+        problem = None if may else f"is gone, and uid {os.geteuid()} may not make it again"
+    return [] if problem is None else [Finding(where, f"file {path}", problem)]
 
 
 def put_back(folder: ghosts.GhostFolder, ghost_id: int, path: str, created: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import mmap
 import os
 import signal
 import socket
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from gpurestore.errors import Finding
+from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.tasks import fdinfo, fs, ids, maps, mounts, regfiles
 from gpurestore.tasks.descriptors import FileTable
+from gpurestore.tasks.filefacts import FileFacts, PipeOwner
 
 core = pytest.importorskip("gpurestore.core", reason="the C core is not built")
 
@@ -27,6 +30,17 @@ class Child:
     pid: int
     pidfd: int
     zombie: bool = False
+    threads: tuple = ()
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as mem:
+            try:
+                data = os.pread(mem.fileno(), size, address)
+            except OSError as error:
+                raise GpurestoreError(str(error)) from error
+        if len(data) != size:
+            raise GpurestoreError("short")
+        return data
 
 
 @pytest.fixture
@@ -304,12 +318,12 @@ def test_mapped_libraries_get_one_entry_with_their_build_id(fork) -> None:
 def test_ids_of_separate_processes_differ_and_shared_tables_are_findings(fork) -> None:
     one, two = fork(set()), fork(set())
     findings: list[Finding] = []
-    entries = ids.collect([one, two], lambda pid: [pid], findings)
+    entries = ids.collect([one, two], findings)
     assert not findings
     assert entries[one.pid].files_id != entries[two.pid].files_id
     assert entries[one.pid].net_ns_id == ids.root_ids().net_ns_id
 
-    ids.collect([one, two], lambda pid: [pid], findings, lambda a, b, kind: 0 if kind == ids.KCMP_FILES else 1)
+    ids.collect([one, two], findings, lambda a, b, kind: 0 if kind == ids.KCMP_FILES else 1)
     assert [finding.what for finding in findings] == ["descriptor table (CLONE_FILES)"]
 
 
@@ -335,3 +349,50 @@ def test_build_ids_survive_any_bytes() -> None:
         regfiles.parse_build_id(head[:cut])
     for at in range(0, 1024, 3):
         regfiles.parse_build_id(head[:at] + b"\xff\xff\xff\xff" + head[at + 4 :])
+
+
+@pytest.mark.parametrize("may_open", [True, False])
+def test_a_removed_file_that_is_only_mapped_is_carried(fork, tmp_path: Path, monkeypatch, may_open: bool) -> None:
+    path = tmp_path / "semaphore"
+    path.write_bytes(b"shared state".ljust(5000, b"."))
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 5000)
+    path.unlink()
+    child = fork(set())
+    mapped.close()
+    if not may_open:
+        real_open = os.open
+
+        def refusing(name, *args, **kwargs):
+            if "map_files" in str(name):
+                raise PermissionError(1, "Operation not permitted")
+            return real_open(name, *args, **kwargs)
+
+        monkeypatch.setattr(os, "open", refusing)
+    (vma,) = [vma for vma in maps.read(child.pid) if vma.path == str(path)]
+    findings: list[Finding] = []
+    table = FileTable(findings)
+    file_id = table.add_mapping(child, vma)
+    table.finish()
+    writer = written(table)
+    assert not findings
+    assert writer.images["files"][0].reg.flags == os.O_RDWR
+    (remap,) = writer.images["remap-fpath"]
+    assert (remap.orig_id, remap.remap_type) == (file_id, pb.GHOST)
+    image = writer.raw[f"ghost-file-{remap.remap_id}"]
+    assert b"shared state...." in os.pread(image, 100, 0)
+    assert os.fstat(image).st_size == (5000 if may_open else 8192)
+
+
+@pytest.mark.parametrize(
+    "value", [[], {"rdev": 3}, {"rdev": {"x": 1}}, {"pipes": {"1": {"uid": -1}}}, {"packets": {"1": "a"}}]
+)
+def test_facts_from_a_manifest_are_not_trusted(value: object) -> None:
+    with pytest.raises(ImageError):
+        FileFacts.from_json(value)
+
+
+def test_facts_survive_the_way_through_a_manifest() -> None:
+    facts = FileFacts([3], {1: 2}, {4: 5}, {6: PipeOwner(7, 8, 0o600)}, {9: [1, 2]})
+    assert FileFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    assert FileFacts.from_json(None) == FileFacts()

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import stat
+import struct
 import termios
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from gpurestore.batch import Call
+from gpurestore.batch import Call, Data
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import fs, regfiles
+from gpurestore.tasks import filelocks, fs, regfiles
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
 
 core = pytest.importorskip("gpurestore.core", reason="the C core is not built")
@@ -413,3 +414,44 @@ def test_paths_from_images_are_not_trusted(name: str) -> None:
 def test_nothing_is_created_or_cut_by_opening() -> None:
     flags = regfiles.open_flags(os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_RDWR | os.O_APPEND | os.O_TMPFILE)
     assert flags == os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+
+
+def test_posix_locks_and_signal_owners_are_left_to_the_task(life: Round, tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    fcntl.fcntl(fd, 10, 12)
+    fcntl.fcntl(fd, 15, struct.pack("=ii", 1, os.getpid()))
+    folder = life.dump({fd})
+    os.close(fd)
+    staged = life.stage(folder)
+    (pid,) = staged.uses.tables
+    calls = staged.plan_late(pid)
+    assert [(call.nr, call.args[:2]) for call in calls] == [(NR.FCNTL, (fd, 10)), (NR.FCNTL, (fd, 15))]
+    assert calls[1].args[2] == Data(struct.pack("=ii", 1, os.getpid()))
+
+    lock = pb.file_lock_entry(flag=filelocks.FL_POSIX, type=1, pid=7, fd=3, start=10, len=5)
+    (call,) = filelocks.plan([lock], 7)
+    assert call.args == (3, 6, Data(struct.pack("=hhxxxxqqixxxx", 1, 0, 10, 5, 0)))
+    assert filelocks.plan([lock], 8) == []
+
+
+def test_the_way_to_another_root_is_planned() -> None:
+    entry = pb.fs_entry(cwd_id=1, root_id=2, umask=0o27)
+    calls = fs.plan(entry, lambda ident: 100 + ident, lambda ident: False)
+    assert [(call.nr, call.args[0]) for call in calls] == [
+        (NR.FCHDIR, 102),
+        (NR.CHROOT, Data(b".\0")),
+        (NR.FCHDIR, 101),
+        (NR.UMASK, 0o27),
+    ]
+
+
+def test_a_damaged_ghost_is_named(life: Round, tmp_path: Path) -> None:
+    path = tmp_path / "gone"
+    fd = os.open(path, os.O_CREAT | os.O_RDWR)
+    os.write(fd, b"x" * 20_000)
+    path.unlink()
+    folder = life.dump({fd})
+    os.close(fd)
+    os.truncate(life.path / "ghost-file-1.img", 15_000)
+    with pytest.raises(ImageError, match=r"ghost-file-1\.img"):
+        StagedFiles(folder).check()
