@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from support.victims import NOBODY, Victim, Victims
 
 from gpurestore.errors import GpurestoreError
 from gpurestore.images.folder import ImageFolder
+from gpurestore.images.manifest import decode, encode
 
 SEED = int(os.environ.get("GPURESTORE_TEST_SEED", "20240602"))
 SMALL_DISK_BYTES = 2 << 20
@@ -231,7 +233,7 @@ def damaged(images: Path, path: Path) -> Iterator[str]:
     """Damage one file in several ways, one at a time, and put it right again."""
     whole = path.read_bytes()
     draw = random.Random(f"{SEED} {path.name}")
-    for size in sorted({0, len(whole) // 2, max(0, len(whole) - 1)}):
+    for size in sorted({0, len(whole) // 2, max(0, len(whole) - 2)}):
         os.truncate(path, size)
         yield f"{path.name} cut to {size} of {len(whole)} bytes"
         path.write_bytes(whole)
@@ -374,6 +376,22 @@ def test_a_changed_program_is_named(tool: Tool, victims: Victims, folder: Path, 
     expect_refusal(tool.restore(folder / "images"), 1, str(program))
     (folder / "kept").rename(program)
     restore(tool, victim, folder / "images")
+    victim.finish()
+
+
+def test_another_machine_and_missing_files_and_taken_pids_are_told_in_one_error(
+    tool: Tool, victims: Victims, folder: Path, rights: None
+) -> None:
+    victim = victims.start("files")
+    tool.dump(victim.pid, folder / "images", "-R").expect(0)
+    manifest = folder / "images" / "gpurestore.json"
+    facts = decode(manifest.read_bytes())
+    cpu = {**facts.cpu, "features": [*facts.cpu["features"], "avx4096"]}
+    manifest.write_bytes(encode(dataclasses.replace(facts, cpu=cpu)))
+    (victim.folder / "append.txt").rename(victim.folder / "elsewhere")
+    expect_refusal(tool.restore(folder / "images"), 1, "avx4096", "append.txt", str(victim.pid))
+    (victim.folder / "elsewhere").rename(victim.folder / "append.txt")
+    victim.expect_running()
     victim.finish()
 
 
