@@ -29,6 +29,7 @@ from gpurestore.tasks import (
 from gpurestore.tasks import registers as regs
 from gpurestore.tasks.calls import Answers, Questions, join
 from gpurestore.tasks.facts import ProcessFacts, ThreadFacts
+from gpurestore.tasks.mm import plan_dumpable
 from gpurestore.tasks.restorer import Restorer
 
 if TYPE_CHECKING:
@@ -173,10 +174,7 @@ def _dead(task: FrozenTask) -> pb.core_entry:
 # ---- restore ----
 
 
-def plan_process(
-    core: pb.core_entry, facts: ProcessFacts, restorer: Restorer, pid: int, mm: pb.mm_entry | None = None
-) -> ProcessPlan:
-    """``mm`` tells what CRIU keeps there (huge pages off), for images without facts."""
+def plan_process(core: pb.core_entry, facts: ProcessFacts, restorer: Restorer, pid: int) -> ProcessPlan:
     tc = core.tc
     oom_score = tc.oom_score_adj if tc.HasField("oom_score_adj") else None
     early = join(
@@ -184,7 +182,7 @@ def plan_process(
             [signals.default_action(signals.SIGCHLD)],  # ignored, it would reap zombies before their time
             limits.plan_room(limits.from_message(tc), restorer.limits),
             limits.plan_proc_files(oom_score, restorer.oom_score_adj, facts.coredump_filter),
-            prctls.plan_early(facts, mm.thp_disabled if mm is not None else None),
+            prctls.plan_early(facts),
         ]
     )
     late = join(
@@ -208,7 +206,8 @@ def plan_thread(
     mm: pb.mm_entry | None = None,
 ) -> list[Call]:
     """The last calls of a thread. A leader's (its core has ``tc``) come after those of its other threads: with limits,
-    which take rights that its credentials then give up, and with what holds for the whole process at the very end."""
+    which take rights that its credentials then give up, and with what holds for the whole process at the very end.
+    ``mm`` is needed for a leader only: credentials reset its dumpable flag."""
     own = facts.thread(tid)
     leader = core.HasField("tc")
     plans = [
@@ -226,7 +225,9 @@ def plan_thread(
         plans.append(credentials.plan(credentials.from_message(core.thread_core.creds), restorer.credentials))
     plans.append(prctls.plan_after_credentials(core.thread_core))
     if leader:
-        plans.append(prctls.plan_last(facts, mm.dumpable if mm is not None and mm.HasField("dumpable") else None))
+        if mm is not None:
+            plans.append(plan_dumpable(mm))
+        plans.append(prctls.plan_last(facts))
         plans.append(timers.plan_arm(core.tc.timers))
     return join(plans)
 

@@ -49,8 +49,6 @@ class ThreadFacts:
 class ProcessFacts:
     """What one process has beside its core entry, and the facts of its threads by thread id."""
 
-    dumpable: int | None = None
-    thp_disable: int | None = None
     mdwe: int | None = None
     memory_merge: int | None = None
     coredump_filter: int | None = None

@@ -1,4 +1,7 @@
-"""What prctl and arch_prctl keep for a thread, a process or an address space, and what of it cannot be carried."""
+"""What prctl and arch_prctl keep for a thread or a process, and what of it cannot be carried.
+
+Names stand in threads.py, dumpable and huge pages in mm.py.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,9 @@ if TYPE_CHECKING:
     from gpurestore.images import pb
 
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
-PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 PR_GET_TSC, PR_SET_TSC, _TSC_ENABLE = 25, 26, 1
 PR_MCE_KILL, PR_MCE_KILL_GET, _MCE_KILL_SET, _MCE_KILL_DEFAULT = 33, 34, 1, 2
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
-PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42
 PR_GET_SPECULATION_CTRL, PR_SET_SPECULATION_CTRL = 52, 53
 PR_SET_IO_FLUSHER = 57
 PR_SCHED_CORE = 62
@@ -48,8 +49,6 @@ def thread_questions() -> Questions:
 
 def process_questions() -> Questions:
     return {
-        "dumpable": prctl(PR_GET_DUMPABLE, what="read dumpable"),
-        "thp": prctl(PR_GET_THP_DISABLE, what="read whether huge pages are off", may_fail=True),
         "mdwe": prctl(PR_GET_MDWE, what="read memory-deny-write-execute", may_fail=True),
         "subreaper": prctl(PR_GET_CHILD_SUBREAPER, Out(8), what="read child subreaper"),
         "membarrier": Call(
@@ -86,9 +85,6 @@ def _u32(raw: bytes) -> int:
 
 
 def collect_process(answers: Answers, pid: int, entry: pb.task_core_entry, facts: ProcessFacts) -> list[Finding]:
-    facts.dumpable = answers["dumpable"].result
-    if answers["thp"].result > 0:
-        facts.thp_disable = answers["thp"].result
     if answers["mdwe"].result > 0:
         facts.mdwe = answers["mdwe"].result
     if procfs.merges_all_pages(pid):
@@ -118,16 +114,11 @@ def findings(status: procfs.Status, where: str) -> list[Finding]:
     return found
 
 
-def plan_early(facts: ProcessFacts, thp_disabled: bool | None) -> list[Call]:
-    """Before memory is there: huge pages off decides how it is filled."""
-    calls = []
-    if thp := facts.thp_disable or thp_disabled:
-        calls.append(prctl(PR_SET_THP_DISABLE, 1, int(thp) & ~1, what="switch huge pages off"))
-    if facts.xcomp_permitted is not None:
-        # Before alternate stacks are set: permission is refused while one is too small for the state.
-        what = "ask for AMX tiles"
-        calls.append(Call(NR.ARCH_PRCTL, (ARCH_REQ_XCOMP_PERM, _XFEATURE_TILEDATA), what, want=0))
-    return calls
+def plan_early(facts: ProcessFacts) -> list[Call]:
+    """Before alternate stacks are set: the permission is refused while one is too small for the state."""
+    if facts.xcomp_permitted is None:
+        return []
+    return [Call(NR.ARCH_PRCTL, (ARCH_REQ_XCOMP_PERM, _XFEATURE_TILEDATA), "ask for AMX tiles", want=0)]
 
 
 def plan_process(entry: pb.task_core_entry, facts: ProcessFacts) -> list[Call]:
@@ -170,15 +161,11 @@ def plan_after_credentials(entry: pb.thread_core_entry) -> list[Call]:
     return [prctl(PR_SET_PDEATHSIG, entry.pdeath_sig, what=f"die with the parent by signal {entry.pdeath_sig}")]
 
 
-def plan_last(facts: ProcessFacts, dumpable: int | None) -> list[Call]:
-    """In the leader when everything else is done: credentials reset dumpable, and MDWE forbids what a restore does."""
-    calls = []
-    value = facts.dumpable if facts.dumpable is not None else dumpable
-    if value in (0, 1):  # 2 can only come from the kernel, by exec or a change of ids
-        calls.append(prctl(PR_SET_DUMPABLE, value, what="set dumpable"))
-    if facts.mdwe:
-        calls.append(prctl(PR_SET_MDWE, facts.mdwe, what="deny memory that is writable and executable"))
-    return calls
+def plan_last(facts: ProcessFacts) -> list[Call]:
+    """In the leader when everything else is done: MDWE forbids what a restore does."""
+    if not facts.mdwe:
+        return []
+    return [prctl(PR_SET_MDWE, facts.mdwe, what="deny memory that is writable and executable")]
 
 
 def check(facts: ProcessFacts, where: str, may_use_resources: bool) -> list[Finding]:

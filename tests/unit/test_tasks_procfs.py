@@ -111,7 +111,7 @@ def test_a_feature_that_is_not_here_is_found():
     assert "sse2" not in str(found)
 
 
-_KEYS = st.sampled_from(["threads", "1", "22", "xstate", "affinity", "dumpable", "sched", "comm", "x"])
+_KEYS = st.sampled_from(["threads", "1", "22", "xstate", "affinity", "mdwe", "sched", "comm", "x"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=4),

@@ -60,7 +60,6 @@ def _disturb():
             prctl(15, Data(b"w\xc3\xb6rker\0")),
             prctl(29, 123456),  # timer slack
             prctl(36, 1),  # subreaper
-            prctl(41, 1),  # no huge pages
             Call(NR.PERSONALITY, (0x0040000,)),
             Call(NR.SIGALTSTACK, (Data(struct.pack("=QiiQ", 0x7F0000100000, 0, 0, 65536)), 0)),
             Call(NR.IOPRIO_SET, (1, 0, 3 << 13)),
