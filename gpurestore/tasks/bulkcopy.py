@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from gpurestore.errors import CancelledError
 
 CHUNK_BYTES = 4 << 20
 _PARALLEL_BYTES = 16 << 20  # below this, starting threads costs more than it brings
+
+
+Cancelled = Callable[[], bool]
+
+
+def never() -> bool:
+    """For those who are not to be interrupted."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +56,22 @@ def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         offset = end
 
 
-def copy(pieces: Sequence[Piece], workers: int | None = None) -> None:
-    """Copy all ``pieces``. Raises OSError; EIO where a source ended before its piece did."""
+def copy(pieces: Sequence[Piece], cancelled: Cancelled = never) -> None:
+    """Copy all ``pieces``; ``cancelled`` is asked before every chunk.
+
+    Raises OSError (EIO where a source ended before its piece did), or CancelledError.
+    """
     chunks = [chunk for piece in pieces for chunk in _cut(piece)]
     total = sum(chunk.size for chunk in chunks)
-    count = min(workers or len(os.sched_getaffinity(0)), len(chunks))
+    count = min(len(os.sched_getaffinity(0)), len(chunks))
     if total < _PARALLEL_BYTES or count < 2:
         for chunk in chunks:
-            _copy_chunk(chunk)
+            _copy_chunk(chunk, cancelled)
         return
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(count, thread_name_prefix="bulkcopy") as pool:
-        for done in [pool.submit(_copy_chunk, chunk) for chunk in chunks]:
+        for done in [pool.submit(_copy_chunk, chunk, cancelled) for chunk in chunks]:
             done.result()
 
 
@@ -68,7 +81,9 @@ def _cut(piece: Piece) -> Iterator[Piece]:
         yield Piece(piece.source, piece.source_offset + start, piece.target, piece.target_offset + start, size)
 
 
-def _copy_chunk(piece: Piece) -> None:
+def _copy_chunk(piece: Piece, cancelled: Cancelled) -> None:
+    if cancelled():
+        raise CancelledError("cancelled while files were copied")
     done = 0
     while done < piece.size:
         data = os.pread(piece.source, piece.size - done, piece.source_offset + done)

@@ -16,6 +16,7 @@ from gpurestore.errors import CoreError, Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import eventfds, fdinfo, filelocks, memfds, mounts, pipes, regfiles, tmpfs
+from gpurestore.tasks.bulkcopy import Cancelled, never
 from gpurestore.tasks.fdinfo import FdInfo, OpenFile
 from gpurestore.tasks.filefacts import FileFacts
 from gpurestore.tasks.filekinds import FileKind, classify
@@ -250,7 +251,7 @@ class FileTable:
         self._remaps += self._hidden.finish(self._ghosts, self._findings)
         self._pipes.finish(self._findings)
 
-    def write(self, writer: ImageWriter, save_object: memfds.SaveObject) -> None:
+    def write(self, writer: ImageWriter, save_object: memfds.SaveObject, cancelled: Cancelled = never) -> None:
         """Write files.img and what belongs to it. The tree must still be frozen: contents are read now."""
         writer.write("files", self._entries)
         if self._remaps:
@@ -264,7 +265,7 @@ class FileTable:
                 writer.write(
                     kind, [pipes.data_entry(pipe) for pipe in data], payloads=[b"".join(p.chunks) for p in data]
                 )
-        self._ghosts.write(writer)
+        self._ghosts.write(writer, cancelled)
         if inodes := self._memfds.entries():
             writer.write("memfd", inodes)
             self._memfds.save(save_object)

@@ -24,7 +24,7 @@ from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import container, pb
 from gpurestore.images.magic import KINDS
 from gpurestore.tasks import bulkcopy, fdinfo
-from gpurestore.tasks.bulkcopy import Piece
+from gpurestore.tasks.bulkcopy import Cancelled, Piece, never
 from gpurestore.tasks.fdinfo import O_TMPFILE_BIT, OpenFile
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ class GhostDump:
         self._next_id += 1
         return ghost
 
-    def write(self, writer: ImageWriter) -> None:
+    def write(self, writer: ImageWriter, cancelled: Cancelled = never) -> None:
         """Write one image per ghost."""
         for ghost in self._ghosts.values():
-            _write_content(writer, ghost)
+            _write_content(writer, ghost, cancelled)
 
     def close(self) -> None:
         """Drop what is held open."""
@@ -97,7 +97,7 @@ class GhostDump:
         self._ghosts.clear()
 
 
-def _write_content(writer: ImageWriter, ghost: _Ghost) -> None:
+def _write_content(writer: ImageWriter, ghost: _Ghost, cancelled: Cancelled) -> None:
     entry = ghost.entry
     image = writer.open_image("ghost-file", [entry], ghost.ghost_id)
     size = os.fstat(ghost.fd).st_size if stat.S_ISREG(entry.mode) else 0
@@ -110,7 +110,7 @@ def _write_content(writer: ImageWriter, ghost: _Ghost) -> None:
                 offset += os.pwrite(image, record, offset)
             pieces.append(Piece(ghost.fd, start, image, offset, length))
             offset += length
-        bulkcopy.copy(pieces)
+        bulkcopy.copy(pieces, cancelled)
     except OSError as error:
         raise writer.disk_error(error, _KIND.file_name(ghost.ghost_id), size) from error
 
@@ -146,12 +146,13 @@ class Content:
     size: int
     runs: list[GhostRun]
 
-    def fill(self, folder: GhostFolder, fd: int) -> None:
+    def fill(self, folder: GhostFolder, fd: int, cancelled: Cancelled = never) -> None:
         """Bring the file behind ``fd``, which is empty, to the size and content of the image."""
         image = folder.open_raw(self.name)
         try:
             os.ftruncate(fd, self.size)
-            bulkcopy.copy([Piece(image, run.image_offset, fd, run.file_offset, run.bytes) for run in self.runs])
+            pieces = [Piece(image, run.image_offset, fd, run.file_offset, run.bytes) for run in self.runs]
+            bulkcopy.copy(pieces, cancelled)
         finally:
             os.close(image)
 
@@ -172,8 +173,9 @@ def read_content(folder: GhostFolder, ghost_id: int) -> Content:
 class GhostStage:
     """The ghosts of a folder, brought back nameless, each once."""
 
-    def __init__(self, folder: GhostFolder) -> None:
+    def __init__(self, folder: GhostFolder, cancelled: Cancelled = never) -> None:
         self._folder = folder
+        self._cancelled = cancelled
         self._handles: dict[int, int] = {}
         self._finish: list[Callable[[], None]] = []
 
@@ -195,7 +197,7 @@ class GhostStage:
         elif stat.S_ISREG(mode):
             handle = nameless(_nearest_directory(path), linkable=linkable)
             try:
-                content.fill(self._folder, handle)
+                content.fill(self._folder, handle, self._cancelled)
             except BaseException:
                 os.close(handle)
                 raise

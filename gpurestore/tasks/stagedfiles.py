@@ -30,6 +30,7 @@ from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.syscalls import NR
 from gpurestore.tasks import eventfds, fdinfo, filelocks, fs, ghosts, memfds, pipes, regfiles, tmpfs
+from gpurestore.tasks.bulkcopy import Cancelled, never
 from gpurestore.tasks.filefacts import FileFacts
 from gpurestore.tasks.fileuses import FileUses
 from gpurestore.tasks.memfds import FillObject
@@ -41,12 +42,16 @@ _KEEP_ID = 0xFFFFFFFF  # the saved user id stays, so that the way back is open
 class StagedFiles:
     """All file descriptions of an image folder."""
 
-    def __init__(self, folder: ImageFolder, fill_object: FillObject | None = None) -> None:
+    def __init__(
+        self, folder: ImageFolder, fill_object: FillObject | None = None, cancelled: Cancelled = never
+    ) -> None:
         """Reads the images; raises ImageError where they contradict themselves.
 
-        ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors.
+        ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors. ``cancelled`` is
+        asked while contents are copied.
         """
         self._folder = folder
+        self._cancelled = cancelled
         self.uses = FileUses(folder)
         extension = folder.manifest.extension if folder.manifest is not None else {}
         self._facts = facts = FileFacts.from_json(extension.get("files"))
@@ -58,7 +63,7 @@ class StagedFiles:
         self._inodes: list[pb.memfd_inode_entry] = _messages(folder, "memfd")
         self._pipes = pipes.PipeStage(self._pipe_data, facts.pipes)
         self._memfds = memfds.MemfdStage(self._inodes, fill_object or self._fill_memfd)
-        self._ghosts = ghosts.GhostStage(folder)
+        self._ghosts = ghosts.GhostStage(folder, cancelled)
         self._fifos_seen: set[int] = set()
         self._put_back: set[int] = set()
         self._created: list[str] = []
@@ -241,7 +246,7 @@ class StagedFiles:
             return fdinfo.reopen(handle, regfiles.open_flags(flags))
         ghost_id = self._facts.tmpfs.get(entry.id)
         if ghost_id is not None and ghost_id not in self._put_back:
-            tmpfs.put_back(self._folder, ghost_id, regfiles.safe_name(entry), self._created)
+            tmpfs.put_back(self._folder, ghost_id, regfiles.safe_name(entry), self._created, self._cancelled)
             self._put_back.add(ghost_id)
         return regfiles.open_entry(entry, flags)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from gpurestore.errors import Finding, GpurestoreError
 from gpurestore.tasks import ghosts
+from gpurestore.tasks.bulkcopy import Cancelled, never
 from gpurestore.tasks.fdinfo import OpenFile
 from gpurestore.tasks.mounts import Mount
 
@@ -41,7 +42,9 @@ def check(where: str, path: str) -> list[Finding]:
     return [] if problem is None else [Finding(where, f"file {path}", problem)]
 
 
-def put_back(folder: ghosts.GhostFolder, ghost_id: int, path: str, created: list[str]) -> None:
+def put_back(
+    folder: ghosts.GhostFolder, ghost_id: int, path: str, created: list[str], cancelled: Cancelled = never
+) -> None:
     """Make the file at ``path`` what the image says. Appends to ``created`` what was not there before."""
     content = ghosts.read_content(folder, ghost_id)
     if not stat.S_ISREG(content.entry.mode):
@@ -51,7 +54,7 @@ def put_back(folder: ghosts.GhostFolder, ghost_id: int, path: str, created: list
         if path not in created and not _differs(folder, content, fd):
             return
         os.ftruncate(fd, 0)
-        content.fill(folder, fd)
+        content.fill(folder, fd, cancelled)
         ghosts.apply_metadata(fd, content.entry)
     finally:
         os.close(fd)
