@@ -12,8 +12,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
-import shutil
 import stat
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -65,7 +63,7 @@ class ImageWriter:
 
     def _make_temp(self) -> tuple[str, int]:
         while True:
-            name = f".{self.final_dir.name[:60]}.gpurestore-{secrets.token_hex(6)}"
+            name = f".{self.final_dir.name[:60]}.gpurestore-{os.urandom(6).hex()}"
             try:
                 os.mkdir(name, 0o700, dir_fd=self._parent_fd)
             except FileExistsError:
@@ -327,4 +325,6 @@ def _remove_stale(parent_fd: int) -> None:
 
 
 def _remove_tree(parent_fd: int, name: str) -> None:
+    import shutil  # brings compressors along, and only a dump that fails needs it
+
     shutil.rmtree(name, ignore_errors=True, dir_fd=parent_fd)
