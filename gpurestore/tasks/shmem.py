@@ -8,7 +8,7 @@ tasks map what they need (``mremap`` with an old size of 0). memfds are files: :
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from gpurestore.batch import Call, Out
 from gpurestore.core import Cancel, check, lib, new_error
-from gpurestore.errors import CancelledError, ImageError
+from gpurestore.errors import CancelledError, Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import memory, vmaflags
+from gpurestore.tasks import mappings, maps, memory, vmaflags
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES, PAGE_BYTES
 from gpurestore.tasks.memory import PagePlan, PageRuns, PagesFile, Progress
 
@@ -73,6 +73,36 @@ def objects(mms: Mapping[int, pb.mm_entry]) -> dict[int, SharedObject]:
 
 
 # ---- dump
+
+
+def check_outsiders(found: Mapping[int, SharedObject], pids: Collection[int]) -> list[Finding]:
+    """Objects that a process outside of the tree shows too: a restored tree would have a copy of its own.
+
+    Costs a look at every process of the machine, and nothing where the tree has no shared anonymous memory.
+    """
+    findings: list[Finding] = []
+    if not found:
+        return findings
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in pids:
+            continue
+        for shmid in _objects_of_process(name) & found.keys():
+            view = found[shmid].views[0]
+            where = f"pid {view.pid}, mapping {view.address:x}-{view.address + view.size:x}"
+            findings.append(Finding(where, "shared memory", f"pid {name}, outside of the tree, shares it"))
+    return findings
+
+
+def _objects_of_process(pid: str) -> set[int]:
+    """Inodes of the shared anonymous memory that a process has mapped; none if we may not know."""
+    try:
+        text = Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError:
+        return set()
+    if b"/dev/zero (deleted)" not in text and b"[anon_shmem:" not in text:
+        return set()
+    vmas = (maps.parse_maps_line(line) for line in text.split(b"\n"))
+    return {vma.ino for vma in vmas if vma is not None and vma.shared and vma.dev == mappings.shmem_device()}
 
 
 def dump(

@@ -416,3 +416,16 @@ def test_views_cover_an_object_once() -> None:
         shmem.View(2, 0xA000, 0x2000, 0x3000),
         shmem.View(3, 0x5000, 0x7000, 0x1000),
     ]
+
+
+def test_shared_memory_that_others_have_too_is_named() -> None:
+    with mmap.mmap(-1, PAGE) as shared, MemoryChild(lambda: [1]) as child:
+        shared[0] = 1
+        address = ctypes.addressof(ctypes.c_char.from_buffer(shared))
+        ino = next(vma.ino for vma in maps.read(child.pid) if vma.start == address)
+        entry = area(address, address + PAGE, flags=0x21, status=1 | vmaflags.ANON_SHARED, shmid=ino)
+        found = shmem.objects({child.pid: space(entry)})
+        (finding,) = shmem.check_outsiders(found, {child.pid})
+        assert f"pid {os.getpid()}, outside of the tree" in finding.why
+        assert shmem.check_outsiders(found, {child.pid, os.getpid()}) == []
+        del address
