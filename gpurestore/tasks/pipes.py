@@ -224,6 +224,8 @@ class _Ends:
 
 def check_capacity(data: PipeData) -> list[Finding]:
     """Whether a pipe may be made as large as it was."""
+    if data.capacity is not None and data.capacity > PIPE_MAX_BYTES:
+        raise ImageError(f"pipe {data.pipe_id:#x} has {data.capacity} bytes of room, more than any pipe")
     limit = _our_capacity_limit()
     if data.capacity is None or data.capacity <= limit or _may_exceed():
         return []

@@ -21,7 +21,7 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 from gpurestore.batch import Call, Data
@@ -47,8 +47,8 @@ class StagedFiles:
     ) -> None:
         """Reads the images; raises ImageError where they contradict themselves.
 
-        ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors. ``cancelled`` is
-        asked while contents are copied.
+        ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors.
+        ``cancelled`` is asked while contents are copied.
         """
         self._folder = folder
         self._cancelled = cancelled
@@ -83,7 +83,11 @@ class StagedFiles:
     # ---- checks ----
 
     def check(self) -> list[Finding]:
-        """Everything that would keep the files from being opened."""
+        """Everything that would keep the files from being opened. Raises ImageError where the images are damaged."""
+        with _only_possible_values():
+            return self._check_all()
+
+    def _check_all(self) -> list[Finding]:
         findings = memfds.check(self._inodes) + filelocks.unsupported(self._locks)
         for file_id, for_mapping in self.uses.wanted():
             findings += self._check_one(
@@ -191,18 +195,22 @@ class StagedFiles:
     def open_all(self, base_fd: int) -> None:
         """Open everything at ``base_fd`` and above. On an error, what was done is undone before it is raised."""
         try:
-            self.assign(base_fd)
-            fdinfo.raise_limit(base_fd + len(self._numbers) + _SPARE_DESCRIPTORS)
-            for file_id, for_mapping in self.uses.wanted():
-                self._stage(file_id, for_mapping)
-            for lock in self._locks:
-                self._take_lock(lock)
-            self._ghosts.finish()
-            self._memfds.finish()
-            self._pipes.close()
+            with _only_possible_values():
+                self._open_all(base_fd)
         except BaseException:
             self.abort()
             raise
+
+    def _open_all(self, base_fd: int) -> None:
+        self.assign(base_fd)
+        fdinfo.raise_limit(base_fd + len(self._numbers) + _SPARE_DESCRIPTORS)
+        for file_id, for_mapping in self.uses.wanted():
+            self._stage(file_id, for_mapping)
+        for lock in self._locks:
+            self._take_lock(lock)
+        self._ghosts.finish()
+        self._memfds.finish()
+        self._pipes.close()
 
     def _stage(self, file_id: int, for_mapping: bool) -> None:
         entry = self.uses.entry(file_id)
@@ -279,11 +287,12 @@ class StagedFiles:
     def plan_late(self, pid: int) -> list[Call]:
         """POSIX locks and receivers of signals about descriptors: to run in the task when all tasks are there, after
         plan_close_staged, and before the task gives up the rights that the restore gave it."""
-        calls = filelocks.plan(self._locks, pid)
-        for entry in self.entries_of(pid):
-            if self.uses.first_user(entry.id) == (pid, entry.fd):
-                calls += _plan_owner(entry.fd, self.uses.owner(entry.id), self.uses.pids)
-        return calls
+        with _only_possible_values():
+            calls = filelocks.plan(self._locks, pid)
+            for entry in self.entries_of(pid):
+                if self.uses.first_user(entry.id) == (pid, entry.fd):
+                    calls += _plan_owner(entry.fd, self.uses.owner(entry.id), self.uses.pids)
+            return calls
 
     def close(self) -> None:
         """Close every staged descriptor of this process."""
@@ -301,6 +310,15 @@ class StagedFiles:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self._created.clear()
+
+
+@contextlib.contextmanager
+def _only_possible_values() -> Iterator[None]:
+    """Numbers out of images go to the kernel through Python, which refuses what does not fit the kernel's types."""
+    try:
+        yield
+    except (OverflowError, struct.error) as error:
+        raise ImageError(f"files.img, or one that belongs to it: damaged: an impossible number ({error})") from error
 
 
 def _plan_owner(fd: int, owner: pb.fown_entry | None, pids: Container[int]) -> list[Call]:

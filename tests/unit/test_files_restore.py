@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gpurestore.batch import Call, Data
 from gpurestore.errors import Finding, GpurestoreError, ImageError
@@ -24,8 +26,10 @@ from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
 
 core = pytest.importorskip("gpurestore.core", reason="the C core is not built")
 
+from gpurestore.images.container import encode_image  # noqa: E402
 from gpurestore.images.folder import ImageFolder  # noqa: E402
 from gpurestore.images.inventory import build_inventory  # noqa: E402
+from gpurestore.images.magic import KINDS  # noqa: E402
 from gpurestore.images.writer import ImageWriter  # noqa: E402
 from gpurestore.tasks import memory  # noqa: E402
 from gpurestore.tasks.descriptors import FileTable  # noqa: E402
@@ -455,3 +459,52 @@ def test_a_damaged_ghost_is_named(life: Round, tmp_path: Path) -> None:
     os.truncate(life.path / "ghost-file-1.img", 15_000)
     with pytest.raises(ImageError, match=r"ghost-file-1\.img"):
         StagedFiles(folder).check()
+
+
+def rewrite(path: Path, kind: str, messages: list) -> ImageFolder:
+    """Replace an image, and drop the manifest that would notice."""
+    (path / "gpurestore.json").unlink(missing_ok=True)
+    (path / KINDS[kind].file_name()).write_bytes(encode_image(KINDS[kind], messages))
+    return ImageFolder(path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_the_numbers_in_an_image_it_is_an_error_or_a_stage(tmp_path_factory, data) -> None:
+    path = tmp_path_factory.mktemp("life")
+    life = Round(path / "images")
+    (path / "file").write_bytes(b"content")
+    regular = os.open(path / "file", os.O_RDONLY)
+    reader, writer = os.pipe()
+    event = os.eventfd(0)
+    memory_file = os.memfd_create("m")
+    try:
+        entries = life.dump({regular, reader, writer, event, memory_file}).read("files")
+    finally:
+        for fd in (regular, reader, writer, event, memory_file):
+            os.close(fd)
+    entry = data.draw(st.sampled_from(entries))
+    (body,) = [value for field, value in entry.ListFields() if field.message_type is not None]
+    fields = [
+        field
+        for field in body.DESCRIPTOR.fields
+        if field.name in ("flags", "pos", "pipe_id", "counter", "inode_id", "mode", "size")
+    ]
+    chosen = data.draw(st.sampled_from(fields))
+    bits = 32 if chosen.cpp_type == chosen.CPPTYPE_UINT32 else 64
+    setattr(body, chosen.name, data.draw(st.integers(0, (1 << bits) - 1)))
+    body.fown.pid = data.draw(st.sampled_from([0, 1, (1 << 32) - 1]))
+    folder = rewrite(life.path, "files", entries)
+    try:
+        staged = StagedFiles(folder)
+        if staged.check():
+            return
+        staged.open_all(500)
+    except GpurestoreError:
+        return
+    (pid,) = staged.uses.tables
+    try:
+        staged.plan_late(pid)
+    except ImageError:
+        pass
+    staged.close()
