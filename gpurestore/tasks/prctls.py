@@ -155,10 +155,8 @@ def plan_personality(personality: int) -> list[Call]:
 
 
 def plan_after_credentials(entry: pb.thread_core_entry) -> list[Call]:
-    """A change of ids clears the parent-death signal, so it comes after."""
-    if not entry.pdeath_sig:
-        return []
-    return [prctl(PR_SET_PDEATHSIG, entry.pdeath_sig, what=f"die with the parent by signal {entry.pdeath_sig}")]
+    """A change of ids clears the parent-death signal, so it comes after. 0 is set too: a restore has one of its own."""
+    return [prctl(PR_SET_PDEATHSIG, entry.pdeath_sig, what=f"parent-death signal {entry.pdeath_sig}", want=0)]
 
 
 def plan_last(facts: ProcessFacts) -> list[Call]:

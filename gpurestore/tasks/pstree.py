@@ -31,6 +31,7 @@ _RLIMIT_CORE = 4
 # Signals whose default action does not end a process: nobody can have died of them.
 _HARMLESS = frozenset({17, 18, 19, 20, 21, 22, 23, 28})
 _CORE_DUMPED = 0x80
+_PID_LIMIT = 1 << 22
 TASK_ALIVE, TASK_DEAD, TASK_STOPPED = 1, 2, 3
 DEAD = (TASK_DEAD, 6)  # 6: CRIU's name for a zombie that it still looks at
 
@@ -105,26 +106,30 @@ def collect(tree: FrozenTree, shell_job: bool = False) -> list[pb.pstree_entry]:
 # ---- restore ----
 
 
-def check_entries(entries: Sequence[pb.pstree_entry]) -> None:
-    """Refuse what is no tree: entries come from a file."""
+def checked(entries: Sequence[pb.pstree_entry]) -> list[pb.pstree_entry]:
+    """The entries as our own dumps write them: a leader is first of its threads, and a zombie its only one (CRIU
+    writes 0 there). Raises ImageError for what is no tree: entries come from a file."""
+    if not entries:
+        raise ImageError("pstree.img: no task in it")
     seen: set[int] = set()
     tids: set[int] = set()
+    result = []
     for number, entry in enumerate(entries):
-        if not 0 < entry.pid < 1 << 22 or entry.pid in seen:
+        if not 0 < entry.pid < _PID_LIMIT or entry.pid in seen:
             raise ImageError(f"pstree.img: pid {entry.pid} is impossible or there twice")
         if (entry.ppid in seen) == (number == 0):
             raise ImageError(f"pstree.img: pid {entry.pid} has parent {entry.ppid}, which is not before it")
-        if entry.threads and entry.threads[0] != entry.pid:
-            raise ImageError(f"pstree.img: pid {entry.pid} is not the first of its threads")
-        own = {entry.pid, *entry.threads}
-        if tids & own or len(own) != max(1, len(entry.threads)) or any(not 0 < t < 1 << 22 for t in own):
+        own = [t for t in entry.threads if t != entry.pid and t]
+        if tids & {entry.pid, *own} or len(own) != len(set(own)) or any(t >= _PID_LIMIT for t in own):
             raise ImageError(f"pstree.img: thread ids of pid {entry.pid} are impossible or there twice")
-        if entry.sid >= 1 << 22 or entry.pgid >= 1 << 22:
+        if entry.sid >= _PID_LIMIT or entry.pgid >= _PID_LIMIT:
             raise ImageError(f"pstree.img: session or group of pid {entry.pid} is impossible")
         seen.add(entry.pid)
-        tids |= own
-    if not entries:
-        raise ImageError("pstree.img: no task in it")
+        tids.update((entry.pid, *own))
+        result.append(
+            pb.pstree_entry(pid=entry.pid, ppid=entry.ppid, pgid=entry.pgid, sid=entry.sid, threads=[entry.pid, *own])
+        )
+    return result
 
 
 def plan(
@@ -133,7 +138,7 @@ def plan(
     exit_signals: Mapping[int, int] | None = None,
 ) -> TreePlan:
     """How to make the tree. ``cores`` are those of the leaders; ``exit_signals`` those that are not SIGCHLD."""
-    check_entries(entries)
+    entries = checked(entries)
     planned = _plan_tree(entries, exit_signals or {})
     for entry in entries:
         tc = cores[entry.pid].tc
@@ -263,6 +268,7 @@ def _set_group(pid: int, group: int) -> Run:
 
 def taken(entries: Sequence[pb.pstree_entry]) -> list[Taken]:
     """Who has the pids that the images need: as a process, a thread, or the name of a group or session."""
+    entries = checked(entries)
     pids = {e.pid for e in entries}
     needed = pids | {tid for e in entries for tid in e.threads}
     needed |= {step.pid for step in _plan_tree(entries, {}).births}

@@ -175,14 +175,13 @@ def _raw(pid, ppid, threads):
         [_raw(5, 0, [5]), _raw(6, 9, [6])],
         [_raw(5, 0, [5]), _raw(6, 0, [6])],
         [_raw(5, 0, [5, 6]), _raw(6, 5, [6])],
-        [_raw(5, 0, [6, 5])],
-        [_raw(5, 0, [5, 5])],
+        [_raw(5, 0, [5, 6, 6])],
         [_raw(1 << 31, 0, [1 << 31])],
     ],
 )
 def test_entries_that_are_no_tree_are_refused(entries):
     with pytest.raises(ImageError):
-        pstree.check_entries(entries)
+        pstree.checked(entries)
 
 
 def test_steps_wait_for_a_helper_to_end_before_it_is_reaped():
@@ -190,3 +189,9 @@ def test_steps_wait_for_a_helper_to_end_before_it_is_reaped():
     assert [type(s) for s in planned.steps[-2:]] == [Run, Run]
     assert planned.steps[-2].exits
     assert planned.steps[-1].pid == 100
+
+
+def test_entries_as_criu_writes_them_are_brought_into_our_order():
+    leader, zombie = pstree.checked([_raw(5, 0, [6, 5]), _raw(7, 5, [0])])
+    assert list(leader.threads) == [5, 6]
+    assert list(zombie.threads) == [7]
