@@ -1,3 +1,4 @@
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 
 #include "gr_internal.h"
@@ -26,4 +27,13 @@ int gr_robust_list(int tid, uint64_t *head, uint64_t *bytes, struct gr_error *er
 	if (syscall(__NR_get_robust_list, tid, head, bytes) < 0)
 		return gr_fail(err, errno, "reading the robust list of task %d", tid);
 	return 0;
+}
+
+int gr_set_subreaper(int on, struct gr_error *err)
+{
+	int before = 0;
+
+	if (prctl(PR_GET_CHILD_SUBREAPER, &before) < 0 || prctl(PR_SET_CHILD_SUBREAPER, on) < 0)
+		return gr_fail(err, errno, "becoming the reaper of orphaned tasks");
+	return before;
 }

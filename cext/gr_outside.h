@@ -12,5 +12,7 @@ int gr_kcmp(int pid1, int pid2, int type, uint64_t idx1, uint64_t idx2, struct g
 int gr_pidfd_getfd(int pidfd, int fd, struct gr_error *err);
 /* get_robust_list(2) */
 int gr_robust_list(int tid, uint64_t *head, uint64_t *bytes, struct gr_error *err);
+/* PR_SET_CHILD_SUBREAPER of this process: orphans among its descendants become its children. Returns what it was. */
+int gr_set_subreaper(int on, struct gr_error *err);
 
 #endif

@@ -2,8 +2,16 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 
 #include "gr_tracer_internal.h"
+
+/* glibc 2.35 registers an rseq area for every thread and says where it lies, relative to the thread pointer. */
+extern const ptrdiff_t __rseq_offset __attribute__((weak));
+extern const unsigned int __rseq_size __attribute__((weak));
+#define RSEQ_SIGNATURE 0x53053053
+#define RSEQ_UNREGISTER 1
+#define RSEQ_BYTES 32
 
 struct gr_tracer {
 	pthread_t thread;
@@ -41,9 +49,22 @@ static void let_go(struct gr_tracer_state *state)
 	free(state->hosts);
 }
 
+/*
+ * A task that this thread forks inherits its rseq registration, and dies by SIGSEGV as soon as it has unmapped the
+ * area and is scheduled. The thread does without. A libc that registered nothing makes the call fail, harmlessly.
+ */
+static void unregister_rseq(void)
+{
+	if (&__rseq_offset && &__rseq_size && __rseq_size)
+		syscall(__NR_rseq, (char *)__builtin_thread_pointer() + __rseq_offset, RSEQ_BYTES, RSEQ_UNREGISTER,
+			RSEQ_SIGNATURE);
+}
+
 static void *tracer_main(void *arg)
 {
 	struct gr_tracer *tracer = arg;
+
+	unregister_rseq();
 
 	pthread_mutex_lock(&tracer->lock);
 	for (;;) {

@@ -315,3 +315,9 @@ def xstate_layout() -> tuple[int, dict[int, tuple[int, int]]]:
     size, offsets, sizes = ffi.new("uint32_t *"), ffi.new("uint32_t[64]"), ffi.new("uint32_t[64]")
     filled = int(lib.gr_xstate_layout(size, offsets, sizes))
     return int(size[0]), {i: (offsets[i], sizes[i]) for i in range(64) if filled >> i & 1}
+
+
+def set_subreaper(on: bool) -> bool:
+    """Whether orphans among our descendants become our children (prctl(2)); returns what it was."""
+    err = new_error()
+    return bool(check(lib.gr_set_subreaper(int(on), err), err))

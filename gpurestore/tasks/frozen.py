@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gpurestore import core
 from gpurestore.batch import Call, CallResult
-from gpurestore.errors import CoreError, GpurestoreError, NoSuchTaskError, PrivilegeError, TaskDiedError, TracedError
+from gpurestore.errors import CoreError, Finding, GpurestoreError, NoSuchTaskError, PrivilegeError, TaskDiedError, TracedError
 from gpurestore.tasks import maps, procfs
 from gpurestore.tasks.maps import Vma
 
@@ -92,9 +92,11 @@ class FrozenTask:
 class FrozenTree:
     """All tasks below a root, frozen; parents come before their children."""
 
-    def __init__(self, tracer: core.Tracer, root: int) -> None:
+    def __init__(self, tracer: core.Tracer, root: int, findings: list[Finding]) -> None:
+        """``findings`` collects what a dump of the tree could not carry."""
         self.tracer = tracer
         self.root = root
+        self.findings = findings
         self.tasks: dict[int, FrozenTask] = {}
 
     def __iter__(self) -> Iterator[FrozenTask]:
@@ -142,7 +144,7 @@ class FrozenTree:
         except CoreError as error:
             if error.errno != _EPERM:
                 raise
-            tracer = procfs.status(pid).tracer_pid
+            tracer = procfs.status(pid).tracer
             if tracer:
                 raise TracedError(
                     f"pid {pid} is traced by pid {tracer} ({procfs.comm(tracer).decode(errors='replace')}): "

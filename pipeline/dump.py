@@ -1,0 +1,296 @@
+"""The dump: freeze the tree, collect what it is made of, write it, and end the tree or let it go on.
+
+Nothing is written before everything was collected and found to be restorable, and until the images are in place the
+tree can go on as if nothing had happened: whatever fails, it does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from gpurestore import core, faults
+from gpurestore.errors import (
+    CancelledError,
+    Finding,
+    GpurestoreError,
+    NeedsPersonError,
+    NoSuchTaskError,
+    UnsupportedResourceError,
+    UsageError,
+)
+from gpurestore.images import pb
+from gpurestore.images.inventory import build_inventory
+from gpurestore.images.writer import ImageWriter
+from gpurestore.pipeline.blocking import Blocking, blocking_calls
+from gpurestore.pipeline.trace import Trace, summarize
+from gpurestore.tasks import cores, cpu, fs, ids, memory, mm, procfs, pstree, shmem
+from gpurestore.tasks.descriptors import FileTable
+from gpurestore.tasks.frozen import FrozenTree
+
+if TYPE_CHECKING:
+    from gpurestore.pipeline.progress import Progress
+
+log = logging.getLogger("gpurestore.dump")
+
+
+@dataclass(frozen=True, slots=True)
+class DumpResult:
+    """What a dump did. Times in seconds; ``memory_bytes`` are the pages stored, ``image_bytes`` all files together."""
+
+    root_pid: int
+    pids: tuple[int, ...]
+    images_dir: str
+    memory_bytes: int
+    image_bytes: int
+    frozen_s: float
+    total_s: float
+    stages: tuple[tuple[str, float, int], ...]
+
+
+@dataclass(slots=True)
+class _Collected:
+    """Everything about a frozen tree but the content of its memory and files."""
+
+    entries: list[pb.pstree_entry]
+    cores: dict[int, dict[int, pb.core_entry]]  # by pid, then by thread id
+    facts: dict[str, Any]
+    ids: dict[int, pb.task_kobj_ids_entry]
+    mms: dict[int, pb.mm_entry]
+    mm_facts: dict[str, Any]
+    fs: dict[int, pb.fs_entry]
+    fdinfos: dict[int, list[pb.fdinfo_entry]]
+
+
+async def dump(
+    pid: int,
+    images_dir: Path,
+    *,
+    leave_running: bool = False,
+    leave_stopped: bool = False,
+    shell_job: bool = False,
+    jobs: int | None = None,
+    trace: Path | None = None,
+    progress: Progress | None = None,
+) -> DumpResult:
+    """Dump the tree of ``pid`` into ``images_dir`` (new or empty), then kill it unless told otherwise.
+
+    Raises a GpurestoreError, and then the tree goes on and the folder is as it was; on cancellation the same.
+    """
+    _check_request(pid)
+    spans = Trace(progress)
+    operation = _Dump(pid, spans, jobs or memory.default_jobs(), shell_job)
+    try:
+        async with AsyncExitStack() as stack:
+            if progress is not None:
+                nursery = await stack.enter_async_context(trio.open_nursery())
+                stack.callback(nursery.cancel_scope.cancel)
+                nursery.start_soon(progress.run)
+            blocking = await stack.enter_async_context(blocking_calls())
+            return await operation.run(blocking, images_dir, leave_running, leave_stopped)
+    finally:
+        if trace is not None:
+            spans.write(trace)
+
+
+def dump_sync(pid: int, images_dir: Path, **options: Any) -> DumpResult:
+    """:func:`dump` for callers without a trio loop."""
+    return trio.run(partial(dump, pid, images_dir, **options))
+
+
+def _check_request(pid: int) -> None:
+    try:
+        stat = procfs.stat(pid)
+    except GpurestoreError as error:
+        raise NoSuchTaskError(f"pid {pid}: there is no such process; see ps -e for those there are") from error
+    if stat.flags & procfs.PF_KTHREAD:
+        raise NoSuchTaskError(f"pid {pid} ({stat.comm.decode(errors='replace')}) is a kernel thread: it has no memory")
+    if stat.state in "ZX":
+        raise NoSuchTaskError(f"pid {pid} is a zombie: there is nothing left to dump")
+    if procfs.status(pid).tgid != pid:
+        raise NoSuchTaskError(f"pid {pid} is a thread of process {procfs.status(pid).tgid}: dump that process")
+    own = os.getpid()
+    while own > 0:
+        if own == pid:
+            raise UsageError(f"pid {pid} is this command or one that it runs under: a tree cannot dump itself")
+        own = procfs.stat(own).ppid
+
+
+class _Dump:
+    """One dump under way."""
+
+    def __init__(self, pid: int, spans: Trace, jobs: int, shell_job: bool) -> None:
+        self._pid, self._spans, self._jobs, self._shell_job = pid, spans, jobs, shell_job
+        self._findings: list[Finding] = []
+        self._pages_ids = count(1)
+        self._memory_bytes = 0
+        self._frozen_at = 0.0
+        self._frozen_s = 0.0
+
+    async def run(self, blocking: Blocking, images_dir: Path, leave_running: bool, leave_stopped: bool) -> DumpResult:
+        begin = time.monotonic()
+        faults.point("dump.start")
+        with core.Tracer() as tracer, ImageWriter(images_dir) as writer:
+            tree = FrozenTree(tracer, self._pid, self._findings)
+            try:
+                await self._freeze(blocking, tree)
+                table = FileTable(self._findings)
+                try:
+                    collected = await self._collect(blocking, tree, table)
+                    await self._write(blocking, tree, table, collected, writer)
+                finally:
+                    table.close()
+                image_bytes = await self._finish(blocking, tree, writer, leave_running, leave_stopped)
+            except BaseException as error:
+                with trio.CancelScope(shield=True):
+                    await self._give_back(blocking, tree, error)
+                raise
+        return DumpResult(
+            root_pid=self._pid,
+            pids=tuple(tree.tasks),
+            images_dir=str(writer.final_dir),
+            memory_bytes=self._memory_bytes,
+            image_bytes=image_bytes,
+            frozen_s=self._frozen_s,
+            total_s=time.monotonic() - begin,
+            stages=tuple((s.name, s.wall_s, s.nr_bytes) for s in summarize(self._spans.spans)),
+        )
+
+    async def _freeze(self, blocking: Blocking, tree: FrozenTree) -> None:
+        async with self._spans.span("freeze"):
+            self._frozen_at = time.monotonic()
+
+            def should_stop() -> None:
+                if blocking.cancel.is_set:
+                    raise CancelledError("cancelled while the tree was being stopped")
+
+            await blocking.run(tree.freeze, should_stop)
+        log.info("frozen: %d tasks, %d threads", len(tree.tasks), sum(len(task.threads) for task in tree))
+        faults.point("dump.frozen")
+
+    async def _collect(self, blocking: Blocking, tree: FrozenTree, table: FileTable) -> _Collected:
+        async with self._spans.span("collect"):
+            collected = await blocking.run(self._collect_all, tree, table)
+        faults.point("dump.collected")
+        if self._findings:
+            raise UnsupportedResourceError(
+                f"cannot dump the tree of pid {self._pid}, it goes on as before", self._findings
+            )
+        return collected
+
+    def _collect_all(self, tree: FrozenTree, table: FileTable) -> _Collected:
+        collected = _Collected(pstree.collect(tree, self._shell_job), {}, {}, {}, {}, {}, {}, {})
+        collected.ids = ids.collect(tree.living, self._findings)
+        for task in tree:
+            collected.cores[task.pid], facts = cores.collect(task, self._findings)
+            if task.zombie:
+                continue
+            collected.facts[str(task.pid)] = facts
+            collected.mms[task.pid] = mm.collect(task, table, self._findings)
+            if mm_facts := mm.collect_extension(task):
+                collected.mm_facts[str(task.pid)] = mm_facts
+            collected.fs[task.pid] = fs.collect(task, table)
+            collected.fdinfos[task.pid] = table.add_descriptors(task)
+        table.finish()
+        return collected
+
+    async def _write(
+        self, blocking: Blocking, tree: FrozenTree, table: FileTable, collected: _Collected, writer: ImageWriter
+    ) -> None:
+        faults.point("dump.write")
+        objects = shmem.objects(collected.mms)
+        tasks = {task.pid: task for task in tree.living}
+        calls: list[Callable[[], object]] = [partial(self._write_state, collected, writer)]
+        for pid, entry in collected.mms.items():
+            calls.append(partial(self._write_memory, writer, pid, entry, blocking.cancel))
+        for item in objects.values():
+            calls.append(partial(self._write_shared, writer, item, tasks, blocking.cancel))
+        await blocking.all(calls, self._jobs)
+        async with self._spans.span("files"):
+            await blocking.run(table.write, writer, partial(self._save_object, writer, blocking.cancel))
+        faults.point("dump.written")
+
+    def _write_state(self, collected: _Collected, writer: ImageWriter) -> None:
+        with self._spans.span("state"):
+            writer.write("inventory", [build_inventory(ids.root_ids(), dump_uptime=time.monotonic_ns() // 1000)])
+            writer.write("pstree", collected.entries)
+            for threads in collected.cores.values():
+                for tid, entry in threads.items():
+                    writer.write("core", [entry], tid)
+            for pid, own_ids in collected.ids.items():
+                writer.write("ids", [own_ids], pid)
+                writer.write("mm", [collected.mms[pid]], pid)
+                writer.write("fs", [collected.fs[pid]], pid)
+                writer.write("fdinfo", collected.fdinfos[pid], own_ids.files_id)
+            writer.root_pid = self._pid
+            writer.cpu = cpu.record()
+            writer.extension["tasks"] = collected.facts
+            writer.extension["mm"] = collected.mm_facts
+
+    def _write_memory(self, writer: ImageWriter, pid: int, entry: pb.mm_entry, cancel: core.Cancel) -> None:
+        done = memory.Progress()
+        with self._spans.span("memory", task=pid, gauge=lambda: done.done_bytes) as span:
+            size = memory.dump(
+                writer, pid, entry, next(self._pages_ids), jobs=self._jobs, cancel=cancel, progress=done
+            )
+            span.set(bytes=size)
+            self._memory_bytes += size
+
+    def _write_shared(
+        self, writer: ImageWriter, item: shmem.SharedObject, tasks: dict[int, Any], cancel: core.Cancel
+    ) -> None:
+        with self._spans.span("shared memory") as span:
+            size = shmem.dump(writer, item, tasks, next(self._pages_ids), jobs=self._jobs, cancel=cancel)
+            span.set(bytes=size)
+            self._memory_bytes += size
+
+    def _save_object(self, writer: ImageWriter, cancel: core.Cancel, shmid: int, fd: int, size: int) -> None:
+        stored = memory.save_object(
+            writer, shmid, fd, size, next(self._pages_ids), jobs=self._jobs, cancel=cancel
+        )
+        self._memory_bytes += stored
+
+    async def _finish(
+        self, blocking: Blocking, tree: FrozenTree, writer: ImageWriter, leave_running: bool, leave_stopped: bool
+    ) -> int:
+        """Put the images in place and decide about the tree: nothing may fail once it is killed."""
+        if leave_running:
+            await self._thaw(blocking, tree, stop=False)
+        async with self._spans.span("commit"):
+            manifest = await blocking.run(partial(writer.commit, self._jobs, lambda: blocking.cancel.is_set))
+        faults.point("dump.committed")
+        if leave_stopped:
+            await self._thaw(blocking, tree, stop=True)
+        elif not leave_running:
+            with trio.CancelScope(shield=True):
+                async with self._spans.span("kill"):
+                    await blocking.run(tree.kill)
+            self._frozen_s = time.monotonic() - self._frozen_at
+        return manifest.total_bytes
+
+    async def _thaw(self, blocking: Blocking, tree: FrozenTree, *, stop: bool) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._spans.span("thaw"):
+                await blocking.run(partial(tree.thaw, stop=stop))
+        self._frozen_s = time.monotonic() - self._frozen_at
+
+    async def _give_back(self, blocking: Blocking, tree: FrozenTree, error: BaseException) -> None:
+        """Let the tree go on after a failure. Closing the tracer would do as well, but could not complain."""
+        try:
+            await blocking.run(tree.thaw)
+        except GpurestoreError as failure:
+            raise NeedsPersonError(
+                f"the dump failed ({error}), and then tasks of the tree of pid {self._pid} could not be let go on "
+                f"({failure}): look at them with ps, and end or continue them by hand"
+            ) from error
+
