@@ -28,6 +28,13 @@ _NAMESPACES = {"pid": 1, "net": 2, "ipc": 3, "uts": 4, "mnt": 5, "user": 6, "cgr
 _FOR_CHILDREN = ("pid_for_children", "time_for_children")
 
 
+class ThreadLike(Protocol):
+    """What of a FrozenThread is needed here."""
+
+    @property
+    def tid(self) -> int: ...
+
+
 class TaskLike(Protocol):
     """What of a FrozenTask is needed here."""
 
@@ -37,6 +44,9 @@ class TaskLike(Protocol):
     @property
     def zombie(self) -> bool: ...
 
+    @property
+    def threads(self) -> Sequence[ThreadLike]: ...
+
 
 def _kcmp(pid1: int, pid2: int, kind: int) -> int:
     from gpurestore import core
@@ -45,13 +55,12 @@ def _kcmp(pid1: int, pid2: int, kind: int) -> int:
 
 
 def collect(
-    tasks: Iterable[TaskLike],
-    tids: Callable[[int], Iterable[int]],
-    findings: list[Finding],
-    compare: Compare = _kcmp,
+    tasks: Iterable[TaskLike], findings: list[Finding], compare: Compare = _kcmp
 ) -> dict[int, pb.task_kobj_ids_entry]:
-    """The ids of every living task, by pid; ``tids`` gives the thread ids of a pid."""
-    alive = {task.pid: [tid for tid in tids(task.pid) if tid != task.pid] for task in tasks if not task.zombie}
+    """The ids of every living task, by pid."""
+    alive = {
+        task.pid: [thread.tid for thread in task.threads if thread.tid != task.pid] for task in tasks if not task.zombie
+    }
     own = _own_namespaces()
     for pid, threads in alive.items():
         _check_threads(pid, threads, findings, compare)

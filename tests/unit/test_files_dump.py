@@ -30,6 +30,7 @@ class Child:
     pid: int
     pidfd: int
     zombie: bool = False
+    threads: tuple = ()
 
     def read_memory(self, address: int, size: int) -> bytes:
         with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as mem:
@@ -317,12 +318,12 @@ def test_mapped_libraries_get_one_entry_with_their_build_id(fork) -> None:
 def test_ids_of_separate_processes_differ_and_shared_tables_are_findings(fork) -> None:
     one, two = fork(set()), fork(set())
     findings: list[Finding] = []
-    entries = ids.collect([one, two], lambda pid: [pid], findings)
+    entries = ids.collect([one, two], findings)
     assert not findings
     assert entries[one.pid].files_id != entries[two.pid].files_id
     assert entries[one.pid].net_ns_id == ids.root_ids().net_ns_id
 
-    ids.collect([one, two], lambda pid: [pid], findings, lambda a, b, kind: 0 if kind == ids.KCMP_FILES else 1)
+    ids.collect([one, two], findings, lambda a, b, kind: 0 if kind == ids.KCMP_FILES else 1)
     assert [finding.what for finding in findings] == ["descriptor table (CLONE_FILES)"]
 
 
