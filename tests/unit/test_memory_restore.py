@@ -20,7 +20,7 @@ from gpurestore.core import Cancel, Region
 from gpurestore.errors import CancelledError, CoreError, ImageError, TaskDiedError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, write_pagemap
+from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, Pagemap, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.tasks import maps, memory, vmaflags
 
@@ -213,3 +213,70 @@ def test_half_a_million_runs_are_planned_in_well_below_a_second(folder: Path) ->
         assert time.perf_counter() - began < 0.5
         assert made.total_bytes == nr * PAGE
         assert threading.active_count() < 20
+
+
+def is_acceptable(entries: list[tuple[int, int, int]], ranges: list[tuple[int, int, int]], file_pages: int) -> bool:
+    """What the queue must accept, said as simply as possible; everything is counted in pages."""
+    kinds = {page: kind for start, end, kind in ranges for page in range(start, end)}
+    at = 0
+    for page, nr, flags in entries:
+        if nr < 1 or page < at or flags & PARENT or not flags & PRESENT:
+            return False
+        if any(kinds.get(p, 2) == 2 for p in range(page, page + nr)):
+            return False
+        at = page + nr
+    return sum(nr for _, nr, _ in entries) <= file_pages
+
+
+@st.composite
+def neighbouring_ranges(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    at, found = 0, []
+    for gap, size, kind in draw(
+        st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(0, 2)), max_size=6)
+    ):
+        found.append((at + gap, at + gap + size, kind))
+        at += gap + size
+    return found
+
+
+some_entries = st.lists(
+    st.tuples(st.integers(0, 30), st.integers(0, 8), st.sampled_from([PRESENT] * 6 + [PRESENT | LAZY, PARENT, LAZY])),
+    max_size=5,
+)
+
+
+@settings(deadline=None)
+@given(st.one_of(some_entries, some_entries.map(sorted)), neighbouring_ranges(), st.integers(0, 40))
+def test_exactly_what_fits_is_accepted(
+    entries: list[tuple[int, int, int]], ranges: list[tuple[int, int, int]], file_pages: int
+) -> None:
+    columns = [array(code, [entry[i] * scale for entry in entries]) for i, code, scale in COLUMNS]
+    pagemap = Pagemap(1, *columns, present_pages=0, ascending=False)
+    starts, ends = (array("Q", [r[i] * PAGE for r in ranges]) for i in (0, 1))
+    kinds = bytes(kind for *_, kind in ranges)
+    try:
+        memory._create_queue(pagemap, (starts, ends, kinds), file_pages * PAGE, PAGE, "pagemap-1.img")
+        accepted = True
+    except ImageError:
+        accepted = False
+    assert accepted == is_acceptable(entries, ranges, file_pages)
+
+
+COLUMNS = ((0, "Q", PAGE), (1, "Q", 1), (2, "I", 1))
+any_u64 = st.integers(0, (1 << 64) - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(any_u64, any_u64), max_size=4), any_u64, any_u64, any_u64)
+def test_no_number_makes_the_queue_wrap_around(
+    entries: list[tuple[int, int]], end: int, file_bytes: int, chunk_bytes: int
+) -> None:
+    nr = len(entries)
+    vaddrs, nr_pages = array("Q", [a for a, _ in entries]), array("Q", [n for _, n in entries])
+    pagemap = Pagemap(1, vaddrs, nr_pages, array("I", [PRESENT] * nr), present_pages=0, ascending=False)
+    ranges = array("Q", [0]), array("Q", [end // PAGE * PAGE]), b"\1"
+    try:
+        memory._create_queue(pagemap, ranges, file_bytes, chunk_bytes, "pagemap-1.img")
+    except ImageError:
+        return
+    assert sum(nr_pages) * PAGE <= file_bytes
