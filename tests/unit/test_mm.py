@@ -28,7 +28,7 @@ from support.memory_child import (
     map_memory,
 )
 
-from gpurestore.batch import Call, CallResult, Data
+from gpurestore.batch import Call, CallResult, Data, Out
 from gpurestore.core import Region
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
@@ -47,8 +47,14 @@ class FakeTask:
 
     def ask(self, calls: Sequence[Call]) -> list[CallResult]:
         heap = next((vma for vma in self.vmas if vma.path == "[heap]"), None)
-        answers = {NR.BRK: heap.end if heap else 0x1000000, NR.PRCTL: 1}
-        return [CallResult(0 if call.args[0] == 42 else answers[call.nr], ()) for call in calls]
+        answers = {NR.BRK: heap.end if heap else 0x1000000, NR.PRCTL: 1, NR.MINCORE: 0}
+        return [
+            CallResult(
+                0 if call.args[0] == 42 else answers[call.nr],
+                tuple(b"\1" * arg.size for arg in call.args if isinstance(arg, Out)),
+            )
+            for call in calls
+        ]
 
 
 class FakeFiles:
@@ -147,7 +153,7 @@ def test_an_address_space_comes_back_as_it_was(folder: Path, files: FakeFiles) -
         with ImageWriter(folder / "images") as writer:
             memory.dump(writer, victim.pid, found, 1)
             for number, item in enumerate(objects.values(), 2):
-                shmem.dump(writer, item, {}, number)
+                shmem.dump(writer, item, {victim.pid: task}, number)
             commit_images(writer)
         before = shape(task.vmas)
         shown = [vma for vma in task.vmas for address in victim.values if vma.start <= address < vma.end]
