@@ -25,9 +25,13 @@ SIGINFO_BYTES = 128
 
 _ESRCH, _ECANCELED = 3, 125
 
-REGISTERS = tuple(
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs".split()
+# struct user_regs_struct, arch/x86/include/asm/user_64.h
+# fmt: off
+REGISTERS = (
+    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx",
+    "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs",
 )
+# fmt: on
 
 
 def new_error() -> Any:
@@ -187,9 +191,7 @@ class Tracer:
     ) -> None:
         """Clone task or thread ``tid`` out of ``parent`` (its tid and slot); the new one serves ``slot``."""
         err = new_error()
-        check(
-            lib.gr_clone(self._tracer, region.handle, parent[0], parent[1], flags, exit_signal, tid, slot, err), err
-        )
+        check(lib.gr_clone(self._tracer, region.handle, parent[0], parent[1], flags, exit_signal, tid, slot, err), err)
 
     def park(self, pid: int, address: int, size: int) -> None:
         """Stop all threads of a spawned task for good and unmap the region [address, address + size) from it."""

@@ -1,7 +1,7 @@
 """Named fault points: tests make an operation fail, or the tool die, at exactly one of them.
 
 ``GPURESTORE_FAULT=dump.frozen:fail`` raises GpurestoreError there, ``...:kill`` sends SIGKILL to this process,
-``...:interrupt`` SIGINT. Without the variable a point costs one dictionary look-up. docs/architecture.md lists the points.
+``...:interrupt`` SIGINT. Without the variable a point costs one look-up. docs/architecture.md lists the points.
 """
 
 from __future__ import annotations

@@ -240,9 +240,7 @@ class _Dump:
     def _write_memory(self, writer: ImageWriter, pid: int, entry: pb.mm_entry, cancel: core.Cancel) -> None:
         done = memory.Progress()
         with self._spans.span("memory", task=pid, gauge=lambda: done.done_bytes) as span:
-            size = memory.dump(
-                writer, pid, entry, next(self._pages_ids), jobs=self._jobs, cancel=cancel, progress=done
-            )
+            size = memory.dump(writer, pid, entry, next(self._pages_ids), jobs=self._jobs, cancel=cancel, progress=done)
             span.set(bytes=size)
             self._memory_bytes += size
 
@@ -255,9 +253,7 @@ class _Dump:
             self._memory_bytes += size
 
     def _save_object(self, writer: ImageWriter, cancel: core.Cancel, shmid: int, fd: int, size: int) -> None:
-        stored = memory.save_object(
-            writer, shmid, fd, size, next(self._pages_ids), jobs=self._jobs, cancel=cancel
-        )
+        stored = memory.save_object(writer, shmid, fd, size, next(self._pages_ids), jobs=self._jobs, cancel=cancel)
         self._memory_bytes += stored
 
     async def _finish(
@@ -293,4 +289,3 @@ class _Dump:
                 f"the dump failed ({error}), and then tasks of the tree of pid {self._pid} could not be let go on "
                 f"({failure}): look at them with ps, and end or continue them by hand"
             ) from error
-

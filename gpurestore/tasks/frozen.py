@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 
 from gpurestore import core
 from gpurestore.batch import Call, CallResult
-from gpurestore.errors import CoreError, Finding, GpurestoreError, NoSuchTaskError, PrivilegeError, TaskDiedError, TracedError
+from gpurestore.errors import (
+    CoreError,
+    Finding,
+    GpurestoreError,
+    NoSuchTaskError,
+    PrivilegeError,
+    TaskDiedError,
+    TracedError,
+)
 from gpurestore.tasks import maps, procfs
 from gpurestore.tasks.maps import Vma
 

@@ -1,0 +1,168 @@
+"""Loading and checking an image folder: everything that can stand against a restore, found before anything is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpurestore.errors import Finding, ImageError, RestoreCheckError
+from gpurestore.images import pb
+from gpurestore.images.folder import ImageFolder
+from gpurestore.images.inventory import check_inventory
+from gpurestore.tasks import cores, cpu, memory, mm, pstree, shmem, vdso
+from gpurestore.tasks.facts import ProcessFacts
+from gpurestore.tasks.facts import load as load_facts
+from gpurestore.tasks.memory import PagePlan
+from gpurestore.tasks.restorer import Restorer
+from gpurestore.tasks.shmem import SharedObject
+from gpurestore.tasks.stagedfiles import StagedFiles
+
+# A scheduler's parent may take a moment to reap what it killed.
+ZOMBIE_WAIT_S = 5.0
+_ZOMBIE_POLL_S = 0.02
+
+
+@dataclass(slots=True)
+class LoadedTask:
+    """The images of one living task."""
+
+    entry: pb.pstree_entry
+    cores: dict[int, pb.core_entry]  # by thread id, the leader first
+    facts: ProcessFacts
+    mm: pb.mm_entry
+    mm_facts: Mapping[str, Any]
+    fs: pb.fs_entry
+    pages: PagePlan
+
+    @property
+    def pid(self) -> int:
+        return int(self.entry.pid)
+
+    @property
+    def tids(self) -> list[int]:
+        """Thread ids, the leader's first."""
+        return list(self.cores)
+
+
+@dataclass(slots=True)
+class LoadedTree:
+    """The images of a whole tree, checked for sense but not against this machine."""
+
+    folder: ImageFolder
+    entries: list[pb.pstree_entry]
+    leaders: dict[int, pb.core_entry]  # zombies too
+    tasks: dict[int, LoadedTask]
+    objects: dict[int, SharedObject]
+    shared: dict[int, PagePlan]
+    files: StagedFiles
+    facts: dict[int, ProcessFacts] = field(default_factory=dict)
+
+    @property
+    def root_pid(self) -> int:
+        return int(self.entries[0].pid)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all pages that a restore brings back."""
+        return sum(task.pages.total_bytes for task in self.tasks.values()) + sum(
+            plan.total_bytes for plan in self.shared.values()
+        )
+
+
+def load(folder: ImageFolder) -> LoadedTree:
+    """Read every image of a tree. Raises ImageError when one is missing, damaged, or contradicts another."""
+    inventory = folder.read_one("inventory")
+    check_inventory(inventory)
+    plugins = list(inventory.plugins_entry.plugins)
+    if plugins:
+        raise ImageError(
+            f"{folder.path}: the dump used device plugins ({', '.join(plugins)}), which this version does not load"
+        )
+    entries = pstree.checked(folder.read("pstree"))
+    extension = folder.manifest.extension if folder.manifest is not None else {}
+    facts = load_facts(extension)
+    mm_facts = _mapping(extension.get("mm", {}), "mm")
+    leaders = {entry.pid: folder.read_one("core", entry.pid) for entry in entries}
+    tasks = {}
+    for entry in entries:
+        if leaders[entry.pid].tc.task_state not in pstree.DEAD:
+            own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
+            tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own)
+    objects = shmem.objects({pid: task.mm for pid, task in tasks.items()})
+    return LoadedTree(folder, entries, leaders, tasks, objects, shmem.plan(folder, objects), StagedFiles(folder), facts)
+
+
+def _mapping(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ImageError(f"gpurestore.json: {name} is not an object")
+    return value
+
+
+def _load_task(
+    folder: ImageFolder,
+    entry: pb.pstree_entry,
+    leader: pb.core_entry,
+    facts: Mapping[int, ProcessFacts],
+    mm_facts: Mapping[str, Any],
+) -> LoadedTask:
+    pid = int(entry.pid)
+    space = folder.read_one("mm", pid)
+    mm.validate(space, f"{folder.path}/mm-{pid}.img")
+    threads = {tid: leader if tid == pid else folder.read_one("core", tid) for tid in entry.threads or [pid]}
+    pages = memory.plan_pages(folder, pid, space)
+    own_facts = facts.get(pid, ProcessFacts())
+    return LoadedTask(entry, threads, own_facts, space, mm_facts, folder.read_one("fs", pid), pages)
+
+
+def check(tree: LoadedTree, restorer: Restorer) -> list[Finding]:
+    """All obstacles to restoring ``tree`` here, but for pids that are taken."""
+    all_cores = dict(tree.leaders)
+    for task in tree.tasks.values():
+        all_cores |= task.cores
+    findings = cores.checks(tree.entries, all_cores, tree.facts, restorer)
+    manifest = tree.folder.manifest
+    if manifest is not None:
+        findings += cpu.check(manifest.cpu)
+    findings += pstree.plan(tree.entries, tree.leaders).findings
+    for task in tree.tasks.values():
+        findings += mm.check(task.pid, task.mm)
+        findings += _check_vdso(tree.folder, task)
+    return findings + tree.files.check()
+
+
+def _check_vdso(folder: ImageFolder, task: LoadedTask) -> list[Finding]:
+    code = vdso.image_layout(task.mm).code
+    dumped = memory.read_page_bytes(folder, task.pid, code.start, code.end) if code is not None else b""
+    rips = [core.thread_info.gpregs.ip for core in task.cores.values()]
+    return vdso.check(task.pid, task.mm, dumped, rips)
+
+
+def check_session(tree: LoadedTree, shell_job: bool) -> list[Finding]:
+    """Sessions and groups outside of the tree are inherited from the restorer only if the user says so."""
+    pids = {entry.pid for entry in tree.entries}
+    root = tree.entries[0]
+    if shell_job or (root.sid in pids and root.pgid in pids):
+        return []
+    why = "its leader was outside of the tree; -j (--shell-job) lets the tree join this command's session"
+    return [Finding(f"pid {root.pid}", f"session {root.sid}, group {root.pgid}", why)]
+
+
+def await_pids(tree: LoadedTree, should_stop: Callable[[], None], wait_s: float = ZOMBIE_WAIT_S) -> list[Finding]:
+    """Pids that somebody has. Zombies are given a few seconds to be reaped by their parents. Blocks."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        should_stop()
+        taken = pstree.taken(tree.entries)
+        if not taken:
+            return []
+        if time.monotonic() > deadline or not all(item.is_zombie for item in taken):
+            return [Finding(f"pid {item.pid}", "taken", item.description) for item in taken]
+        time.sleep(_ZOMBIE_POLL_S)
+
+
+def refuse(tree: LoadedTree, findings: list[Finding]) -> None:
+    """Raise RestoreCheckError if there is anything in ``findings``."""
+    if findings:
+        raise RestoreCheckError(f"cannot restore {tree.folder.path} here, nothing was created", findings)

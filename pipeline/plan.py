@@ -1,0 +1,142 @@
+"""The restore plan: what every task will do, as data. Made from images alone; printed by ``--dry-run``.
+
+One hole of the address space, free in every task and in this process, takes the region (agent and slots) and behind it
+the staged shared memory. Every thread has a slot; tasks that have memory to fill get slots for extra workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gpurestore import core
+from gpurestore.batch import Call
+from gpurestore.core import ThreadState
+from gpurestore.pipeline.load import LoadedTask, LoadedTree
+from gpurestore.tasks import cores, fs, maps, mm, pstree, shmem, vdso
+from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
+from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.pstree import TreePlan
+from gpurestore.tasks.restorer import Restorer
+
+
+@dataclass(slots=True)
+class TaskPlan:
+    """The batches of one task, in the order in which they run. ``threads`` has the leader's last."""
+
+    pid: int
+    strip: list[Call]
+    files: list[Call]
+    mappings: list[Call]
+    finish: list[Call]
+    late: list[Call]
+    threads: dict[int, list[Call]]
+    states: dict[int, ThreadState]
+    stop_signal: int
+
+
+@dataclass(slots=True)
+class RestorePlan:
+    """The whole plan. Slots are numbered over all tasks; ``workers`` gives each task its spare ones."""
+
+    region: int
+    hole_bytes: int
+    nr_slots: int
+    slots: dict[int, int]
+    workers: dict[int, list[int]]
+    staging: dict[int, int]
+    tree: TreePlan
+    tasks: dict[int, TaskPlan] = field(default_factory=dict)
+
+    @property
+    def hole_end(self) -> int:
+        return self.region + self.hole_bytes
+
+
+def place(tree: LoadedTree, jobs: int) -> RestorePlan:
+    """Find a place for the region and the staging, and give out slots."""
+    exit_signals = {
+        pid: task.facts.exit_signal for pid, task in tree.tasks.items() if task.facts.exit_signal is not None
+    }
+    births = pstree.plan(tree.entries, tree.leaders, exit_signals)
+    slots: dict[int, int] = {}
+    for birth in births.births:
+        slots[birth.pid] = len(slots)
+    for task in tree.tasks.values():
+        for tid in task.tids:
+            slots.setdefault(tid, len(slots))
+    nr_slots = len(slots)
+    workers = {}
+    for pid, task in tree.tasks.items():
+        nr_workers = max(0, min(jobs, task.pages.nr_chunks) - len(task.tids))
+        workers[pid] = list(range(nr_slots, nr_slots + nr_workers))
+        nr_slots += nr_workers
+    region_bytes = core.Region.size_for(nr_slots)
+    _, staging_end = shmem.staging_layout(tree.objects, region_bytes)
+    hole_bytes = -(-staging_end // PAGE_BYTES) * PAGE_BYTES + maps.HUGE_PAGE_BYTES
+    taken = maps.own_ranges()
+    for task in tree.tasks.values():
+        taken += mm.fixed_ranges(task.mm)
+    region = maps.find_hole(taken, hole_bytes)
+    staging, _ = shmem.staging_layout(tree.objects, region + region_bytes)
+    return RestorePlan(region, hole_bytes, nr_slots, slots, workers, staging, births)
+
+
+def fill(plan: RestorePlan, tree: LoadedTree, restorer: Restorer) -> None:
+    """Plan every task. The files have their numbers (StagedFiles.assign or open_all)."""
+    layouts: dict[int | None, vdso.Layout] = {None: vdso.own_layout()}
+    for birth in plan.tree.births:
+        own = layouts[birth.parent]
+        task = tree.tasks.get(birth.pid)
+        if task is None:
+            layouts[birth.pid] = own
+            continue
+        layouts[birth.pid] = vdso.target_layout(own, task.mm)
+        plan.tasks[birth.pid] = _plan_task(plan, tree, task, own, restorer)
+
+
+def _plan_task(plan: RestorePlan, tree: LoadedTree, task: LoadedTask, own: vdso.Layout, restorer: Restorer) -> TaskPlan:
+    pid, files = task.pid, tree.files
+    leader = task.cores[pid]
+    process = cores.plan_process(leader, task.facts, restorer, pid)
+    order = [tid for tid in task.tids if tid != pid] + [pid]
+    states = {tid: cores.registers(task.cores[tid], task.facts, tid) for tid in order}
+    return TaskPlan(
+        pid=pid,
+        strip=[*process.early, *mm.plan_strip(plan.region, plan.hole_end, own, task.mm)],
+        files=[
+            *plan_descriptors(files.entries_of(pid), files.fd_of, files.keep_from),
+            *fs.plan(task.fs, files.fd_of, files.is_our_root),
+        ],
+        mappings=mm.plan_mappings(task.mm, files.fd_of_mapping, plan.staging.__getitem__, task.pages.filled),
+        finish=mm.plan_finish(task.mm, task.pages.filled, task.mm_facts),
+        late=[*plan_close_staged(files.keep_from), *files.plan_late(pid), *process.late],
+        threads={tid: cores.plan_thread(task.cores[tid], task.facts, restorer, pid, tid, task.mm) for tid in order},
+        states=states,
+        stop_signal=states[pid].stop_signal,
+    )
+
+
+def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
+    """The plan for people."""
+    yield f"region at {plan.region:#x}, {plan.nr_slots} slots, {plan.hole_bytes} bytes with staged shared memory"
+    for shmid, address in plan.staging.items():
+        yield f"shared memory {shmid} staged at {address:#x}, {tree.shared[shmid].total_bytes} bytes to read"
+    for step in plan.tree.steps:
+        match step:
+            case pstree.Birth(pid=pid, parent=None):
+                yield f"task {pid}: forked by this command"
+            case pstree.Birth(pid=pid, parent=parent, helper=helper):
+                yield f"task {pid}: cloned by task {parent}{' (a helper)' if helper else ''}"
+            case pstree.Run(pid=pid, calls=calls):
+                yield from (f"task {pid}: {call}" for call in calls)
+    for pid, task in plan.tasks.items():
+        yield from (f"task {pid}: {call}" for call in [*task.strip, *task.files, *task.mappings])
+        pages = tree.tasks[pid].pages
+        yield f"task {pid}: read {pages.total_bytes} bytes of {pages.pages_name} in {pages.nr_chunks} pieces"
+        yield from (f"task {pid}: {call}" for call in [*task.finish, *task.late])
+        for tid, last in task.threads.items():
+            yield from (f"thread {tid}: {call}" for call in last)
+    for run in plan.tree.zombies:
+        yield from (f"task {run.pid}: {call}" for call in run.calls)
+    yield f"task {tree.root_pid} and its tree: take registers, go on"
