@@ -113,7 +113,8 @@ def collect(task: Task, files: Files, findings: list[Finding]) -> pb.mm_entry:
     for name, value in _stat_addresses(task.pid).items():
         setattr(mm, name, value)
     auxv = array("Q", Path(f"/proc/{task.pid}/auxv").read_bytes())
-    mm.mm_saved_auxv.extend(auxv)
+    # Without the pair of zeros at its end, which the kernel puts there anyway: CRIU takes 44 words, no more.
+    mm.mm_saved_auxv.extend(auxv[:-2] if auxv[-2:].tolist() == [0, 0] else auxv)
     for vma in task.vmas:
         _collect_vma(task, vma, files, mm, findings)
     private = [vma for vma in mm.vmas if vmaflags.is_private(vma)]
