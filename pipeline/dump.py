@@ -202,6 +202,7 @@ class _Dump:
             collected.fs[task.pid] = fs.collect(task, table)
             collected.fdinfos[task.pid] = table.add_descriptors(task)
         table.finish()
+        self._findings += shmem.check_outsiders(shmem.objects(collected.mms), tree.tasks)
         return collected
 
     async def _write(

@@ -224,7 +224,7 @@ def test_the_data_of_the_vdso_is_one_area_and_pages_kept_by_the_kernel_carry_no_
     assert len(data) == 1
     assert data[0].end == code.start
     assert all(vma.fd == -1 for vma in found.vmas)
-    assert list(found.mm_saved_auxv[-2:]) == [0, 0]
+    assert found.mm_saved_auxv[-2] != 0  # the end mark is the kernel's
     assert files.paths[found.exe_file_id - 1][1:] == os.path.realpath("/proc/self/exe")
 
 
