@@ -281,7 +281,9 @@ def taken(entries: Sequence[pb.pstree_entry]) -> list[Taken]:
             found[stat.pid] = Taken(stat.pid, text, zombie, stat.ppid)
         for number, kind in ((stat.pgid, "group"), (stat.sid, "session")):
             if number in needed and number not in found:
-                found[number] = Taken(number, f"{kind} of process {stat.pid} {name!r}", False, stat.pid)
+                zombie = stat.state == "Z"
+                text = f"{kind} of {'zombie' if zombie else 'process'} {stat.pid} {name!r}"
+                found[number] = Taken(number, text, zombie, stat.ppid)
     for number in needed - found.keys():
         if os.path.exists(f"/proc/{number}"):  # threads are not listed, but can be looked up
             found[number] = Taken(number, "a thread of another process", False, 0)
