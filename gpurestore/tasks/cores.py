@@ -52,9 +52,12 @@ class ProcessPlan:
 
 def collect(task: FrozenTask, found: list[Finding]) -> tuple[dict[int, pb.core_entry], dict[str, Any]]:
     """Core entries by thread id, and the process's facts for the manifest's ``tasks`` (see facts.py)."""
-    if task.zombie:
-        return {task.pid: _dead(task)}, {}
     stat = procfs.stat(task.pid)
+    if task.zombie:
+        if stat.nr_threads > 1:
+            why = f"{stat.nr_threads - 1} other threads go on, and such a process cannot be made again"
+            found.append(Finding(f"pid {task.pid}", "its first thread has ended", why))
+        return {task.pid: _dead(task)}, {}
     facts = ProcessFacts(exit_signal=stat.exit_signal if stat.exit_signal != signals.SIGCHLD else None)
     lines = procfs.timers(task.pid)
     tids = [thread.tid for thread in task.threads]
@@ -262,8 +265,7 @@ def checks(
         found.append(Finding("restorer", "cannot give tasks their pids", why))
     for entry in entries:
         leader = cores[entry.pid]
-        if leader.mtype != pb.core_entry.X86_64 or not leader.HasField("tc"):
-            raise ImageError(f"core-{entry.pid}.img: not the core image of an x86-64 process")
+        _validate(leader, entry.pid, entry.pid)
         if leader.tc.task_state not in pstree.DEAD:
             found += _check_process(entry, cores, facts.get(entry.pid, ProcessFacts()), restorer)
     return found
@@ -281,6 +283,7 @@ def _check_process(
     leader_creds = None
     for tid in entry.threads or (entry.pid,):
         core, own = cores[tid], facts.thread(tid)
+        _validate(core, entry.pid, tid)
         place = where if tid == entry.pid else f"{where}, thread {tid}"
         if core.thread_core.seccomp_mode != pb.disabled:
             found.append(Finding(place, "seccomp", "not restored yet"))
@@ -294,6 +297,26 @@ def _check_process(
         if tid == entry.pid:
             leader_creds = creds
     return found
+
+
+def _validate(core: pb.core_entry, pid: int, tid: int) -> None:
+    """Refuse a core image that lacks what every task has: absent parts read as zeroes, which mean root."""
+    name = f"core-{tid}.img"
+    if core.mtype != pb.core_entry.X86_64:
+        raise ImageError(f"{name}: not of an x86-64 task")
+    if core.HasField("tc") != (tid == pid):
+        raise ImageError(f"{name}: {'not' if tid == pid else 'wrongly'} the image of a whole process")
+    if core.HasField("tc"):
+        if core.tc.task_state in pstree.DEAD:
+            return
+        if core.tc.task_state not in (pstree.TASK_ALIVE, pstree.TASK_STOPPED):
+            raise ImageError(f"{name}: unknown state {core.tc.task_state} of a process")
+        if not core.tc.HasField("timers") or not core.tc.HasField("rlimits"):
+            raise ImageError(f"{name}: timers or resource limits are missing")
+    if not (core.HasField("thread_info") and core.HasField("thread_core") and core.thread_core.HasField("creds")):
+        raise ImageError(f"{name}: registers or credentials are missing")
+    if max(core.thread_core.pdeath_sig, core.tc.stop_signo) > signals.NR_SIGNALS:
+        raise ImageError(f"{name}: a signal number that does not exist")
 
 
 def _check_ids(creds: credentials.Credentials, where: str, restorer: Restorer) -> list[Finding]:

@@ -33,6 +33,7 @@ _MOV_EAX = 0xB8
 _WITH_RESTART_BLOCK = (NR.POLL, NR.NANOSLEEP, NR.FUTEX, NR.CLOCK_NANOSLEEP)
 _CODE_SEARCHED_BYTES = 24
 _CS_64 = 0x33
+_TILE_DATA = 18
 
 _SAME_NAMES = "r15 r14 r13 r12 r11 r10 r9 r8 cs ss fs_base gs_base ds es fs gs"
 _WITHOUT_R = "bp bx ax cx dx si di ip sp"
@@ -142,6 +143,9 @@ def collect(
             getattr(xsave, component.field).extend(struct.unpack(f"={count}{component.code}", part))
         elif features >> number & 1:
             facts.xstate[number] = part
+    if features >> _TILE_DATA & 1:
+        why = "the kernel takes tiles back only from a thread that used them before; dump again at another moment"
+        return [Finding(f"pid {state.tid}", "AMX tiles in use", why)]
     return []
 
 

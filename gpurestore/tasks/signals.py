@@ -23,6 +23,7 @@ SIGINFO_BYTES = 128
 _ACTION = struct.Struct("=QQQQ")  # handler, flags, restorer, mask, as the system call takes them
 _MASK_BYTES = 8
 _TASK_STOPPED = 3
+_SIG_SETMASK = 2
 _SETTABLE = tuple(n for n in range(1, NR_SIGNALS + 1) if n not in (SIGKILL, SIGSTOP))
 
 
@@ -76,7 +77,11 @@ def plan_pending(queue: pb.signal_queue_entry, pid: int, tid: int | None) -> lis
     The kernel takes a siginfo with a kernel-made si_code only from the very task that it is for. SIGSTOP cannot wait
     behind a mask: it is turned into the task's stopped state by :func:`stop_signal`.
     """
-    calls = []
+    if not queue.signals:
+        return []
+    # Our C library blocks all but two signals that it wants for itself; those two must wait like the others.
+    everything = Data(b"\xff" * _MASK_BYTES)
+    calls = [Call(NR.RT_SIGPROCMASK, (_SIG_SETMASK, everything, 0, _MASK_BYTES), "block every signal", want=0)]
     for info in queue.signals:
         signal = _signal_of(info.siginfo)
         if signal in (SIGKILL, SIGSTOP):

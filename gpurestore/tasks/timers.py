@@ -69,16 +69,16 @@ def findings(lines: Iterable[TimerLine], pid: int, tids: Collection[int]) -> lis
     """Timers on clocks that a restore could not name again."""
     found = []
     for line in lines:
+        where = f"pid {pid}, POSIX timer {line.timer_id}"
+        if line.to_thread and line.target not in tids:
+            found.append(Finding(where, f"notifies thread {line.target}", "that thread is gone"))
         if line.clock >= 0 or line.clock == _PROCESS_CLOCK:
             continue
-        where = f"pid {pid}, POSIX timer {line.timer_id}"
         if line.clock == _THREAD_CLOCK:
             if len(tids) > 1:
                 found.append(Finding(where, "runs on a thread's CPU clock", "the kernel does not tell which thread's"))
         elif (owner := ~(line.clock >> 3)) not in (0, *tids):
             found.append(Finding(where, f"runs on the CPU clock of task {owner}", "that is another process"))
-        if line.to_thread and line.target not in tids:
-            found.append(Finding(where, f"notifies thread {line.target}", "that thread is gone"))
     return found
 
 

@@ -19,7 +19,7 @@ from gpurestore.tasks.facts import ProcessFacts
 from gpurestore.tasks.restorer import Restorer
 
 ROOT = os.geteuid() == 0
-ALL_SIGNALS = signal.valid_signals()
+BLOCK_ALL = Call(NR.RT_SIGPROCMASK, (2, Data(b"\xff" * 8), 0, 8), want=0)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def _siginfo(signo, code=-1, rest=b"\1\2\3"):
 
 def _disturb():
     """Give this process some of everything."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
+    execute([BLOCK_ALL])
     action = struct.pack("=QQQQ", 0x7F0000001000, 0x14000004, 0x7F0000002000, 0x200)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
@@ -87,7 +87,7 @@ def _restore(raw, facts_json, restorer):
     facts = ProcessFacts.from_json(facts_json, "test")
     pid = os.getpid()
     facts.threads = {pid: next(iter(facts.threads.values()))}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
+    execute([BLOCK_ALL])
     plan = cores.plan_process(core, facts, restorer, pid)
     execute(plan.early)
     execute(plan.late)
