@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 from gpurestore.errors import Finding
-from gpurestore.tasks import procfs
 from gpurestore.tasks.registers import XstateLayout
 
 # What code may use after asking CPUID: libraries choose their kernels once, so all of it must be there at restore.
@@ -27,6 +26,9 @@ _NAMES = """
 INSTRUCTION_SETS = frozenset(_NAMES.split())
 
 
+_FIRST_CPU_BYTES = 4096
+
+
 def parse_cpuinfo(text: str) -> dict[str, str]:
     """The lines of the first CPU in /proc/cpuinfo."""
     first = text.split("\n\n", 1)[0]
@@ -36,7 +38,12 @@ def parse_cpuinfo(text: str) -> dict[str, str]:
 
 @cache
 def _here() -> dict[str, str]:
-    return parse_cpuinfo(procfs.read_text("/proc/cpuinfo"))
+    # One CPU tells for all, and on a large machine the whole file takes long: the kernel asks every CPU for its clock.
+    with open("/proc/cpuinfo", "rb", buffering=0) as file:
+        text = b""
+        while b"\n\n" not in text and (more := file.read(_FIRST_CPU_BYTES)):
+            text += more
+    return parse_cpuinfo(text.decode())
 
 
 def record() -> dict[str, Any]:
