@@ -16,7 +16,7 @@ user and pid namespace of its own, where the kernel allows that."""
 def add_parser(commands: Commands) -> None:
     """Add the command and its options."""
     parser = add_command(commands, "demo", "dump, kill and restore a live training job", _DESCRIPTION)
-    parser.add_argument("--steps", metavar="N", type=positive, default=6000, help="training steps (default: 6000)")
+    parser.add_argument("--steps", metavar="N", type=positive, default=4000, help="training steps (default: 4000)")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="keep logs and images in DIR (new or empty)")
     add_json(parser)
     parser.set_defaults(run=run)

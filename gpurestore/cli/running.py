@@ -1,4 +1,4 @@
-"""Running an operation from the command line: Ctrl-C undoes it, and a terminal shows how far it is."""
+"""Running an operation from the command line: Ctrl-C undoes it, and it draws its progress on a terminal."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ async def _supervised(title: str, operation: Callable[[Progress | None], Awaitab
     with trio.open_signal_receiver(*ENDING_SIGNALS) as signals:
         async with trio.open_nursery() as helpers:
             helpers.start_soon(_cancel_on_signal, signals, scope, received)
-            if progress is not None:
-                helpers.start_soon(progress.run)
             try:
                 with scope:
                     results.append(await operation(progress))
+            except* CancelledError:  # from a step that noticed before trio did
+                if not received:
+                    raise
             finally:
                 helpers.cancel_scope.cancel()
     if results:

@@ -259,7 +259,7 @@ def main() -> None:
     """The command line of the job."""
     parser = argparse.ArgumentParser(description="train a small network on handwritten digits")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=6000, metavar="N")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N")
     args = parser.parse_args()
     train(args.steps, args.out)
 

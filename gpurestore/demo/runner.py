@@ -45,12 +45,15 @@ class Status:
 
     def __init__(self) -> None:
         self._able = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._next = 0.0
 
     def show(self, text: str) -> None:
-        """Replace the line; an empty text wipes it."""
-        if self._able:
+        """Replace the line, at most ten times a second; an empty text wipes it at once."""
+        now = time.monotonic()
+        if self._able and (now >= self._next or not text):
             sys.stderr.write(f"\r\x1b[2K{text}")
             sys.stderr.flush()
+            self._next = now + 0.1
 
 
 class Job:
@@ -199,9 +202,9 @@ def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str
 
 
 def _train_and_dump(job: Job, status: Status, folder: Path) -> tuple[float, float]:
-    """Let the job run a third of its steps and dump it; seconds of the run and of the dump."""
+    """Let the job run a quarter of its steps and dump it; seconds of the run and of the dump."""
     started = time.monotonic()
-    job.follow(status, "second run", max(1, job.steps // 3), job.process.poll)
+    job.follow(status, "second run", max(1, job.steps // 4), job.process.poll)
     frozen = time.monotonic()
     pid, images, trace = str(job.process.pid), str(folder / "images"), str(folder / "dump.json")
     code = subprocess.run(
