@@ -111,6 +111,6 @@ class Progress:
 
 def _terminal_columns() -> int:
     try:
-        return os.get_terminal_size(2).columns
+        return os.get_terminal_size(2).columns or 80  # some terminals do not know their size
     except OSError:
         return 80
