@@ -57,6 +57,21 @@ static inline int64_t syscall6(uint64_t nr, const uint64_t *args)
 	return result;
 }
 
+static int64_t use_tiles(void)
+{
+	/* palette 1; tile 0 has one row of 64 bytes */
+	unsigned char config[64] __attribute__((aligned(64))) = { [0] = 1, [16] = 64, [48] = 1 };
+
+	/* Spelt out for assemblers that do not know AMX: ldtilecfg (%rdi); tilezero %tmm0; tilerelease. */
+	__asm__ volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x07\n\t"
+			 ".byte 0xc4, 0xe2, 0x7b, 0x49, 0xc0\n\t"
+			 ".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0"
+			 :
+			 : "D"(config)
+			 : "memory");
+	return 0;
+}
+
 static int as_expected(const struct gr_call *call)
 {
 	switch (call->expect) {
@@ -84,7 +99,7 @@ __attribute__((used)) void gr_agent_run_batch(struct gr_slot *slot)
 			args[a] = is_ref ? (uint64_t)batch->calls[call->args[a]].result : call->args[a];
 		}
 		*(volatile uint32_t *)&batch->next = i;
-		call->result = syscall6(call->nr, args);
+		call->result = call->nr == GR_OP_USE_TILES ? use_tiles() : syscall6(call->nr, args);
 		if (!as_expected(call)) {
 			batch->status = 1;
 			return;

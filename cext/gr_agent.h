@@ -20,6 +20,12 @@
 #define GR_EXPECT_EXACT 1 /* result == want */
 #define GR_EXPECT_ANY 2
 
+/*
+ * Numbers that are no system calls. USE_TILES: use an AMX tile once. The kernel makes room for a thread's tiles at that
+ * moment, and only then takes their content from ptrace. Needs ARCH_REQ_XCOMP_PERM before.
+ */
+#define GR_OP_USE_TILES 0x10000
+
 struct gr_call {
 	uint64_t nr;
 	uint64_t args[6];

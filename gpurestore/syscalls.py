@@ -372,3 +372,5 @@ class NR(IntEnum):
     SET_MEMPOLICY_HOME_NODE = 450
     CACHESTAT = 451
     MAP_SHADOW_STACK = 453
+    # No system call: the agent itself (cext/gr_agent.h).
+    AGENT_USE_TILES = 0x10000

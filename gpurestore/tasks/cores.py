@@ -214,6 +214,7 @@ def plan_thread(
     own = facts.thread(tid)
     leader = core.HasField("tc")
     plans = [
+        regs.plan(own),
         threads.plan(core, own),
         scheduling.plan(core.thread_core, own),
         prctls.plan_thread(own),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gpurestore.batch import Call
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
@@ -143,9 +144,6 @@ def collect(
             getattr(xsave, component.field).extend(struct.unpack(f"={count}{component.code}", part))
         elif features >> number & 1:
             facts.xstate[number] = part
-    if features >> _TILE_DATA & 1:
-        why = "the kernel takes tiles back only from a thread that used them before; dump again at another moment"
-        return [Finding(f"pid {state.tid}", "AMX tiles in use", why)]
     return []
 
 
@@ -157,6 +155,13 @@ def _collect_legacy(xstate: bytes, fpregs: pb.user_x86_fpregs_entry) -> None:
 
 
 # ---- restore ----
+
+
+def plan(facts: ThreadFacts) -> list[Call]:
+    """What the thread itself must do before ptrace can set its registers."""
+    if _TILE_DATA not in facts.xstate:
+        return []
+    return [Call(NR.AGENT_USE_TILES, (), "make room for AMX tiles", want=0)]
 
 
 def general(core: pb.core_entry) -> dict[str, int]:
