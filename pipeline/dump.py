@@ -191,6 +191,8 @@ class _Dump:
     def _collect_all(self, tree: FrozenTree, table: FileTable) -> _Collected:
         collected = _Collected(pstree.collect(tree, self._shell_job), {}, {}, {}, {}, {}, {}, {})
         collected.ids = ids.collect(tree.living, self._findings)
+        if ids.memory_is_shared(self._findings):
+            return collected
         for task in tree:
             collected.cores[task.pid], facts = cores.collect(task, self._findings)
             if task.zombie:

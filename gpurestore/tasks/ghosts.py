@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -177,6 +178,7 @@ class GhostStage:
         self._folder = folder
         self._cancelled = cancelled
         self._handles: dict[int, int] = {}
+        self._given: set[int] = set()
         self._finish: list[Callable[[], None]] = []
 
     def handle(self, ghost_id: int, path: str, flags: int) -> int:
@@ -188,6 +190,20 @@ class GhostStage:
         if handle is None:
             handle = self._handles[ghost_id] = self._make(ghost_id, path, linkable=bool(flags & O_TMPFILE_BIT))
         return handle
+
+    def open(self, ghost_id: int, path: str, flags: int, wanted: int) -> int:
+        """A description of the ghost with the ``wanted`` flags, where ``flags`` are those of the image entry.
+
+        What was opened with O_TMPFILE gets the description that made the file, which still shows that flag: a dump of
+        the restored task will see it, too.
+        """
+        handle = self.handle(ghost_id, path, flags)
+        own = os.O_TMPFILE | os.O_RDWR
+        if flags & own != own or ghost_id in self._given or fcntl.fcntl(handle, fcntl.F_GETFL) & own != own:
+            return fdinfo.reopen(handle, wanted)
+        self._given.add(ghost_id)
+        fcntl.fcntl(handle, fcntl.F_SETFL, wanted)
+        return os.dup(handle)
 
     def _make(self, ghost_id: int, path: str, *, linkable: bool) -> int:
         content = read_content(self._folder, ghost_id)

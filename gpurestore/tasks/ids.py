@@ -78,6 +78,11 @@ def _entry(number: int) -> pb.task_kobj_ids_entry:
     return entry
 
 
+def memory_is_shared(findings: Iterable[Finding]) -> bool:
+    """Whether one of ``findings`` is about processes in one address space: asking one would disturb the other."""
+    return any(finding.what == _SHARED[KCMP_VM] for finding in findings)
+
+
 def root_ids() -> pb.task_kobj_ids_entry:
     """The ids of the tool itself, for the inventory: the same namespaces as the tasks', nothing else shared."""
     return _entry(0x7FFFFFFF)

@@ -250,8 +250,8 @@ class StagedFiles:
     def _open_regular(self, entry: pb.reg_file_entry, flags: int) -> int:
         remap = self._remaps.get(entry.id)
         if remap is not None:
-            handle = self._ghosts.handle(remap.remap_id, regfiles.safe_name(entry), entry.flags)
-            return fdinfo.reopen(handle, regfiles.open_flags(flags))
+            name = regfiles.safe_name(entry)
+            return self._ghosts.open(remap.remap_id, name, entry.flags, regfiles.open_flags(flags))
         ghost_id = self._facts.tmpfs.get(entry.id)
         if ghost_id is not None and ghost_id not in self._put_back:
             tmpfs.put_back(self._folder, ghost_id, regfiles.safe_name(entry), self._created, self._cancelled)
