@@ -18,5 +18,9 @@ def test_pipes_and_fifos_keep_the_data_in_flight(tool: Tool, victims: Victims) -
     round_trip(tool, victims.start("pipes"))
 
 
+def test_file_locks_of_every_kind_are_held_again(tool: Tool, victims: Victims) -> None:
+    round_trip(tool, victims.start("locks"))
+
+
 def test_descriptors_survive_three_dumps_in_a_row(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("pipes"), 3)

@@ -24,8 +24,6 @@ DESCRIPTORS = {
     "io_uring": "io_uring",
     "userfaultfd": "userfaultfd",
     "perf": "perf",
-    "flock": "lock",
-    "record-lock": "lock",
     "lease": "lease",
 }
 OTHERS = {

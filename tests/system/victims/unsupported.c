@@ -10,7 +10,6 @@
 #include <linux/userfaultfd.h>
 #include <netinet/in.h>
 #include <sys/epoll.h>
-#include <sys/file.h>
 #include <sys/inotify.h>
 #include <sys/ipc.h>
 #include <sys/shm.h>
@@ -99,24 +98,6 @@ static void perf(void)
 					      .config = PERF_COUNT_SW_TASK_CLOCK, .exclude_kernel = 1 };
 
 	at_fd(syscall(SYS_perf_event_open, &attributes, 0, -1, -1, 0));
-}
-
-static void file_lock(void)
-{
-	int fd = open(victim_path("locked"), O_RDWR | O_CREAT, 0600);
-
-	MUST(fd >= 0 && !flock(fd, LOCK_EX));
-	at_fd(fd);
-}
-
-static void record_lock(void)
-{
-	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_len = 10 };
-	int fd = open(victim_path("locked"), O_RDWR | O_CREAT, 0600);
-
-	MUST(fd >= 0 && dup2(fd, FD) == FD);
-	close(fd);
-	MUST(!fcntl(FD, F_SETLK, &lock));
 }
 
 static void lease(void)
@@ -244,7 +225,7 @@ static const struct {
 	{ "tcp-socket", tcp_socket }, { "unix-socket", unix_socket }, { "netlink-socket", netlink_socket }, { "epoll", epoll },
 	{ "terminal", terminal }, { "timerfd", timer_descriptor }, { "signalfd", signal_descriptor }, { "inotify", inotify },
 	{ "pidfd", pid_descriptor }, { "io_uring", ring }, { "userfaultfd", userfault }, { "perf", perf },
-	{ "flock", file_lock }, { "record-lock", record_lock }, { "lease", lease }, { "seccomp", seccomp_filter },
+	{ "lease", lease }, { "seccomp", seccomp_filter },
 	{ "sysv-shm", sysv_memory }, { "net-namespace", network_namespace }, { "mount-namespace", mount_namespace },
 	{ "uts-namespace", uts_namespace }, { "user-namespace", user_namespace }, { "shared-files", shared_descriptors },
 	{ "shared-fs", shared_directories }, { "shared-vm", shared_memory_space },
