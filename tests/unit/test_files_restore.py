@@ -36,6 +36,22 @@ from gpurestore.tasks.descriptors import FileTable  # noqa: E402
 from gpurestore.tasks.stagedfiles import StagedFiles  # noqa: E402
 
 
+_OPENED: list[ImageFolder] = []
+
+
+def open_folder(path: Path) -> ImageFolder:
+    """An image folder that is closed after the test."""
+    _OPENED.append(ImageFolder(path))
+    return _OPENED[-1]
+
+
+@pytest.fixture(autouse=True)
+def _close_folders() -> Iterator[None]:
+    yield
+    while _OPENED:
+        _OPENED.pop().close()
+
+
 @dataclass
 class Task:
     """A process that only waits, and stands for a frozen task."""
@@ -77,7 +93,7 @@ class Round:
             os.close(gate_in)
             os.waitpid(pid, 0)
             os.close(task.pidfd)
-        return ImageFolder(self.path)
+        return open_folder(self.path)
 
     def _write(self, task: Task, gate: int) -> None:
         findings: list[Finding] = []
@@ -465,7 +481,7 @@ def rewrite(path: Path, kind: str, messages: list) -> ImageFolder:
     """Replace an image, and drop the manifest that would notice."""
     (path / "gpurestore.json").unlink(missing_ok=True)
     (path / KINDS[kind].file_name()).write_bytes(encode_image(KINDS[kind], messages))
-    return ImageFolder(path)
+    return open_folder(path)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
