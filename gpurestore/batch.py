@@ -76,7 +76,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """``result`` is the raw return value (negative errno on failure), ``outs`` the Out/InOut buffers in order of args."""
+    """``result`` is the raw return value (negative errno on failure), ``outs`` the Out/InOut buffers in order."""
 
     result: int
     outs: tuple[bytes, ...]
