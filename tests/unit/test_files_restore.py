@@ -35,7 +35,6 @@ from gpurestore.tasks import memory  # noqa: E402
 from gpurestore.tasks.descriptors import FileTable  # noqa: E402
 from gpurestore.tasks.stagedfiles import StagedFiles  # noqa: E402
 
-
 _OPENED: list[ImageFolder] = []
 
 
