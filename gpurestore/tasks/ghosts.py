@@ -15,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -278,14 +277,14 @@ def nameless(directory: str, *, linkable: bool) -> int:
     except OSError as error:
         if error.errno not in _NO_TMPFILE:
             raise
-    name = os.path.join(directory, f".gpurestore-{secrets.token_hex(8)}")
+    name = os.path.join(directory, f".gpurestore-{os.urandom(8).hex()}")
     fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     os.unlink(name)
     return fd
 
 
 def _nameless_fifo(directory: str) -> int:
-    name = os.path.join(directory, f".gpurestore-{secrets.token_hex(8)}")
+    name = os.path.join(directory, f".gpurestore-{os.urandom(8).hex()}")
     os.mkfifo(name, 0o600)
     try:
         return os.open(name, os.O_PATH | os.O_CLOEXEC)
