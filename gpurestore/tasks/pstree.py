@@ -108,7 +108,7 @@ def collect(tree: FrozenTree, shell_job: bool = False) -> list[pb.pstree_entry]:
 
 def checked(entries: Sequence[pb.pstree_entry]) -> list[pb.pstree_entry]:
     """The entries as our own dumps write them: a leader is first of its threads, and a zombie its only one (CRIU
-    writes 0 there). Raises ImageError for what is no tree: entries come from a file."""
+    writes any number there). Raises ImageError for what is no tree: entries come from a file."""
     if not entries:
         raise ImageError("pstree.img: no task in it")
     seen: set[int] = set()
@@ -119,8 +119,8 @@ def checked(entries: Sequence[pb.pstree_entry]) -> list[pb.pstree_entry]:
             raise ImageError(f"pstree.img: pid {entry.pid} is impossible or there twice")
         if (entry.ppid in seen) == (number == 0):
             raise ImageError(f"pstree.img: pid {entry.pid} has parent {entry.ppid}, which is not before it")
-        own = [t for t in entry.threads if t != entry.pid and t]
-        if tids & {entry.pid, *own} or len(own) != len(set(own)) or any(t >= _PID_LIMIT for t in own):
+        own = [t for t in entry.threads if t != entry.pid] if entry.pid in entry.threads else []
+        if tids & {entry.pid, *own} or len(own) != len(set(own)) or any(not 0 < t < _PID_LIMIT for t in own):
             raise ImageError(f"pstree.img: thread ids of pid {entry.pid} are impossible or there twice")
         if entry.sid >= _PID_LIMIT or entry.pgid >= _PID_LIMIT:
             raise ImageError(f"pstree.img: session or group of pid {entry.pid} is impossible")
