@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.round_trip import round_trip
 from support.tool import Tool
-from support.victims import Victims
+from support.victims import Victims, VictimUnavailable
 
 pytestmark = pytest.mark.usefixtures("rights")
 
@@ -16,6 +16,14 @@ def test_every_register_of_spinning_threads_survives(tool: Tool, victims: Victim
 
 def test_registers_survive_a_second_dump_of_the_restored_tree(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("registers"), 2)
+
+
+def test_amx_tiles_survive(tool: Tool, victims: Victims) -> None:
+    try:
+        victim = victims.start("tiles")
+    except VictimUnavailable:
+        pytest.skip("this CPU or kernel has no AMX")
+    round_trip(tool, victim, 2)
 
 
 def test_thread_attributes_and_pending_signals_survive(tool: Tool, victims: Victims) -> None:
