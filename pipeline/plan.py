@@ -111,7 +111,10 @@ def _plan_task(plan: RestorePlan, tree: LoadedTree, task: LoadedTask, own: vdso.
         mappings=mm.plan_mappings(task.mm, files.fd_of_mapping, plan.staging.__getitem__, task.pages.filled),
         finish=mm.plan_finish(task.mm, task.pages.filled, task.mm_facts),
         late=[*plan_close_staged(files.keep_from), *files.plan_late(pid), *process.late],
-        threads={tid: cores.plan_thread(task.cores[tid], task.facts, restorer, pid, tid, task.mm) for tid in order},
+        threads={
+            tid: cores.plan_thread(task.cores[tid], task.facts, restorer, pid, tid, task.mm, root=pid == tree.root_pid)
+            for tid in order
+        },
         states=states,
         stop_signal=states[pid].stop_signal,
     )

@@ -154,9 +154,14 @@ def plan_personality(personality: int) -> list[Call]:
     return [Call(NR.PERSONALITY, (personality,), f"set personality {personality:#x}")]
 
 
-def plan_after_credentials(entry: pb.thread_core_entry) -> list[Call]:
-    """A change of ids clears the parent-death signal, so it comes after. 0 is set too: a restore has one of its own."""
-    return [prctl(PR_SET_PDEATHSIG, entry.pdeath_sig, what=f"parent-death signal {entry.pdeath_sig}", want=0)]
+def plan_after_credentials(entry: pb.thread_core_entry, parent_stays: bool) -> list[Call]:
+    """A change of ids clears the parent-death signal, so it comes after. 0 is set too: a restore has one of its own.
+
+    The root's parent is the restoring thread, which ends when the restore does: its signal would come at once. The one
+    whose death it was about is outside of the tree, and not there any more.
+    """
+    signal = entry.pdeath_sig if parent_stays else 0
+    return [prctl(PR_SET_PDEATHSIG, signal, what=f"parent-death signal {signal}", want=0)]
 
 
 def plan_last(facts: ProcessFacts) -> list[Call]:

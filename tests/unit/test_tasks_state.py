@@ -47,7 +47,7 @@ def _disturb():
     execute([BLOCK_ALL])
     action = struct.pack("=QQQQ", 0x7F0000001000, 0x14000004, 0x7F0000002000, 0x200)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (800, 900))
     os.nice(3)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     signal.setitimer(signal.ITIMER_REAL, 1000, 7)
