@@ -13,6 +13,7 @@ Answers = Mapping[str, CallResult]
 
 AT_FDCWD = -100
 _O_WRONLY_CLOEXEC = 0o2000001
+_PR_SET_NAME = 15
 
 
 def join(plans: Iterable[list[Call]]) -> list[Call]:
@@ -34,6 +35,13 @@ def prctl(option: int, *args: Arg, what: str = "", want: int | None = None, may_
     """A prctl with its unused arguments zero, which most options insist on."""
     padded = (*args, 0, 0, 0, 0)[:4]
     return Call(NR.PRCTL, (option, *padded), what, want, may_fail)
+
+
+def set_name(comm: str | bytes) -> Call:
+    """Give the thread its name. A message field that is not valid text reads as bytes, whatever its type says."""
+    raw = comm if isinstance(comm, bytes) else comm.encode()
+    what = f"take the name {raw.decode('utf-8', 'replace')!r}"
+    return prctl(_PR_SET_NAME, Data(raw[:15].ljust(16, b"\0")), what=what)
 
 
 def write_file(path: str, content: str, what: str) -> list[Call]:

@@ -17,14 +17,14 @@ from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import procfs, signals
-from gpurestore.tasks.calls import prctl
+from gpurestore.tasks.calls import prctl, set_name
 
 if TYPE_CHECKING:
     from gpurestore.tasks.frozen import FrozenTree
 
 OUTSIDE = 0  # stands for whatever session or group the restorer is in
 _SIGCHLD = 17
-_PR_SET_NAME, _PR_SET_DUMPABLE = 15, 4
+_PR_SET_DUMPABLE = 4
 _WALL = 0x40000000
 _SIG_UNBLOCK = 1
 _RLIMIT_CORE = 4
@@ -148,7 +148,7 @@ def plan(
 
 
 def _plan_death(pid: int, tc: pb.task_core_entry) -> list[Call]:
-    calls = [prctl(_PR_SET_NAME, Data(tc.comm.encode()[:15].ljust(16, b"\0")), what=f"take the name {tc.comm!r}")]
+    calls = [set_name(tc.comm)]
     signal = tc.exit_code & 0x7F
     if not signal:
         return [*calls, Call(NR.EXIT_GROUP, (tc.exit_code >> 8 & 0xFF,), f"end with status {tc.exit_code >> 8 & 0xFF}")]

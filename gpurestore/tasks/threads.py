@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gpurestore.batch import Call, Data, Out
 from gpurestore.errors import ImageError
 from gpurestore.syscalls import NR
-from gpurestore.tasks.calls import Answers, Questions, prctl
+from gpurestore.tasks.calls import Answers, Questions, prctl, set_name
 from gpurestore.tasks.facts import ThreadFacts
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _STACK = struct.Struct("=QiiQ")  # stack_t
 _SS_DISABLE = 2
 _SS_KEPT = _SS_DISABLE | 1 << 31  # not SS_ONSTACK, which only tells where the stack pointer is
 _ROBUST_LIST_BYTES = 24
-_PR_SET_NAME, _PR_GET_TID_ADDRESS = 15, 40
+_PR_GET_TID_ADDRESS = 40
 
 
 def questions() -> Questions:
@@ -52,10 +52,8 @@ def collect(answers: Answers, comm: bytes, rseq: Rseq | None, core: pb.core_entr
 
 def plan(core: pb.core_entry, facts: ThreadFacts) -> list[Call]:
     entry = core.thread_core
-    comm = facts.comm if facts.comm is not None else (entry.comm or core.tc.comm).encode()
-    shown = comm.decode("utf-8", "replace")
     calls = [
-        prctl(_PR_SET_NAME, Data(comm[:15].ljust(16, b"\0")), what=f"take the name {shown!r}"),
+        set_name(facts.comm if facts.comm is not None else entry.comm or core.tc.comm),
         Call(NR.SET_TID_ADDRESS, (core.thread_info.clear_tid_addr,), "set clear_child_tid"),
     ]
     if entry.futex_rla_len:

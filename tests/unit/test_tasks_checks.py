@@ -147,3 +147,22 @@ def test_a_floor_below_the_own_oom_score_is_tried_and_undone():
     before = procfs.oom_score_adj(procfs.own_pid())
     limits.check_oom_score(before - 1 if before > -1000 else before, before, "pid 7")
     assert procfs.oom_score_adj(procfs.own_pid()) == before
+
+
+def test_the_root_does_not_die_with_the_restoring_thread(own):
+    core, facts, pid = _copy(own[0]), own[1], own[2]
+    core.thread_core.pdeath_sig = 9
+
+    def death_signal(root):
+        calls = cores.plan_thread(core, facts, USER, pid, pid, root=root)
+        return next(call.args[1] for call in calls if call.what.startswith("parent-death signal"))
+
+    assert (death_signal(False), death_signal(True)) == (9, 0)
+
+
+def test_a_name_that_is_no_valid_text_is_set_as_it_is(own):
+    raw = own[0].SerializeToString()
+    comm = own[0].thread_core.comm.encode()
+    core = pb.core_entry.FromString(raw.replace(comm, b"\xff" * len(comm)))
+    calls = cores.plan_thread(core, ProcessFacts(), USER, own[2], own[2])
+    assert calls[0].args[1].payload.rstrip(b"\0") == (b"\xff" * len(comm))[:15]
