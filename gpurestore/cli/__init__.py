@@ -68,7 +68,8 @@ def _report(command: str, error: BaseException) -> int:
     cause = _worst(error)
     if isinstance(cause, SystemExit):
         raise cause
-    if isinstance(cause, KeyboardInterrupt):
+    # Python 3.11 wraps what is raised while a class is made, and commands import their parts when they run.
+    if isinstance(cause, KeyboardInterrupt) or isinstance(cause.__cause__, KeyboardInterrupt):
         text, code = "interrupted", 130
     elif isinstance(cause, GpurestoreError):
         text, code = str(cause), cause.exit_code

@@ -143,6 +143,11 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
 
 
+def caused_by(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
@@ -151,6 +156,11 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
         (NeedsPersonError("kill 12"), "gpurestore: dump: kill 12\n", 3),
         (RestoreCheckError("bad", [Finding("pid 1", "a", "b")]), "gpurestore: dump: bad; pid 1: a: b\n", 1),
         (KeyboardInterrupt(), "gpurestore: dump: interrupted\n", 130),
+        (
+            caused_by(RuntimeError("Error calling __set_name__"), KeyboardInterrupt()),
+            "gpurestore: dump: interrupted\n",
+            130,
+        ),
         (ExceptionGroup("g", [GpurestoreError("first"), GpurestoreError("second")]), "gpurestore: dump: first\n", 1),
         (
             ExceptionGroup("g", [GpurestoreError("a"), ExceptionGroup("h", [NeedsPersonError("b")])]),
