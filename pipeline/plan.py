@@ -112,7 +112,9 @@ def _plan_task(plan: RestorePlan, tree: LoadedTree, task: LoadedTask, own: vdso.
         finish=mm.plan_finish(task.mm, task.pages.filled, task.mm_facts),
         late=[*plan_close_staged(files.keep_from), *files.plan_late(pid), *process.late],
         threads={
-            tid: cores.plan_thread(task.cores[tid], task.facts, restorer, pid, tid, task.mm, root=pid == tree.root_pid)
+            tid: cores.plan_thread(
+                task.cores[tid], task.facts, restorer, pid, tid, task.mm, root=leader if pid == tree.root_pid else None
+            )
             for tid in order
         },
         states=states,

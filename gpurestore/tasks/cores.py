@@ -208,14 +208,18 @@ def plan_thread(
     tid: int,
     mm: pb.mm_entry | None = None,
     *,
-    root: bool = False,
+    root: pb.core_entry | None = None,
 ) -> list[Call]:
     """The last calls of a thread. A leader's (its core has ``tc``) come after those of its other threads: with limits,
     which take rights that its credentials then give up, and with what holds for the whole process at the very end.
-    ``mm`` is needed for a leader only: credentials reset its dumpable flag. ``root`` says that the process is the root
-    of the tree, whose parent does not stay."""
+    ``mm`` is needed for a leader only: credentials reset its dumpable flag. ``root`` is the leader's core when the process
+    is the root of the tree, whose parent does not stay."""
     own = facts.thread(tid)
     leader = core.HasField("tc")
+
+    def is_noticed(signal: int) -> bool:
+        return root is not None and signals.is_noticed(root.tc, signal)
+
     plans = [
         regs.plan(own),
         threads.plan(core, own),
@@ -230,7 +234,7 @@ def plan_thread(
         plans.append(prctls.plan_personality(personality))
     if core.thread_core.HasField("creds"):
         plans.append(credentials.plan(credentials.from_message(core.thread_core.creds), restorer.credentials))
-    plans.append(prctls.plan_after_credentials(core.thread_core, parent_stays=not root))
+    plans.append(prctls.plan_after_credentials(core.thread_core, is_noticed))
     if leader:
         if mm is not None:
             plans.append(plan_dumpable(mm))

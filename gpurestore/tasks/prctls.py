@@ -5,6 +5,7 @@ Names stand in threads.py, dumpable and huge pages in mm.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gpurestore.batch import Call, Out
@@ -154,13 +155,14 @@ def plan_personality(personality: int) -> list[Call]:
     return [Call(NR.PERSONALITY, (personality,), f"set personality {personality:#x}")]
 
 
-def plan_after_credentials(entry: pb.thread_core_entry, parent_stays: bool) -> list[Call]:
+def plan_after_credentials(entry: pb.thread_core_entry, is_noticed: Callable[[int], bool]) -> list[Call]:
     """A change of ids clears the parent-death signal, so it comes after. 0 is set too: a restore has one of its own.
 
     The root's parent is the restoring thread, which ends when the restore does: its signal would come at once. The one
-    whose death it was about is outside of the tree, and not there any more.
+    whose death it was about is outside of the tree, and not there any more. So the root gets only a signal that it does
+    not notice; for others ``is_noticed`` says no to every signal.
     """
-    signal = entry.pdeath_sig if parent_stays else 0
+    signal = 0 if is_noticed(entry.pdeath_sig) else entry.pdeath_sig
     return [prctl(PR_SET_PDEATHSIG, signal, what=f"parent-death signal {signal}", want=0)]
 
 

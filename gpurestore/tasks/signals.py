@@ -24,6 +24,8 @@ _ACTION = struct.Struct("=QQQQ")  # handler, flags, restorer, mask, as the syste
 _MASK_BYTES = 8
 _TASK_STOPPED = 3
 _SIG_SETMASK = 2
+_SIG_DFL, _SIG_IGN = 0, 1
+_IGNORED_BY_DEFAULT = (17, 18, 23, 28)  # CHLD, CONT, URG, WINCH
 _SETTABLE = tuple(n for n in range(1, NR_SIGNALS + 1) if n not in (SIGKILL, SIGSTOP))
 
 
@@ -101,6 +103,14 @@ def _signal_of(info: bytes) -> int:
     if not 1 <= signal <= NR_SIGNALS:
         raise ImageError(f"core image: pending signal {signal}")
     return int(signal)
+
+
+def is_noticed(entry: pb.task_core_entry, signal: int) -> bool:
+    """Whether the process does anything at all when it gets ``signal`` with the actions of the image."""
+    if signal not in _SETTABLE or not entry.sigactions:
+        return signal in (SIGKILL, SIGSTOP)
+    handler = entry.sigactions[_SETTABLE.index(signal)].sigaction
+    return handler != _SIG_IGN and not (handler == _SIG_DFL and signal in _IGNORED_BY_DEFAULT)
 
 
 def stop_signal(core: pb.core_entry, threads: Sequence[pb.core_entry] = ()) -> int:

@@ -151,13 +151,18 @@ def test_a_floor_below_the_own_oom_score_is_tried_and_undone():
 
 def test_the_root_does_not_die_with_the_restoring_thread(own):
     core, facts, pid = _copy(own[0]), own[1], own[2]
-    core.thread_core.pdeath_sig = 9
 
-    def death_signal(root):
-        calls = cores.plan_thread(core, facts, USER, pid, pid, root=root)
+    def death_signal(signal, root):
+        core.thread_core.pdeath_sig = signal
+        calls = cores.plan_thread(core, facts, USER, pid, pid, root=core if root else None)
         return next(call.args[1] for call in calls if call.what.startswith("parent-death signal"))
 
-    assert (death_signal(False), death_signal(True)) == (9, 0)
+    for fatal in (9, 15):
+        assert (death_signal(fatal, False), death_signal(fatal, True)) == (fatal, 0)
+    settable = [n for n in range(1, 65) if n not in (9, 19)]
+    core.tc.sigactions[settable.index(28)].sigaction = 0
+    core.tc.sigactions[settable.index(15)].sigaction = 1
+    assert [death_signal(n, True) for n in (28, 15)] == [28, 15]  # nothing happens when they come
 
 
 def test_a_name_that_is_no_valid_text_is_set_as_it_is(own):
