@@ -212,8 +212,8 @@ def plan_thread(
 ) -> list[Call]:
     """The last calls of a thread. A leader's (its core has ``tc``) come after those of its other threads: with limits,
     which take rights that its credentials then give up, and with what holds for the whole process at the very end.
-    ``mm`` is needed for a leader only: credentials reset its dumpable flag. ``root`` is the leader's core when the process
-    is the root of the tree, whose parent does not stay."""
+    ``mm`` is needed for a leader only: credentials reset its dumpable flag. ``root`` is the leader's core in the tree's
+    root, whose parent does not stay."""
     own = facts.thread(tid)
     leader = core.HasField("tc")
 
