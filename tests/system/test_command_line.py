@@ -123,6 +123,16 @@ def test_any_number_of_jobs_restores_the_same(tool: Tool, victims: Victims, fold
     victim.finish()
 
 
+def test_a_task_whose_session_leader_is_outside_is_a_shell_job(tool: Tool, victims: Victims, folder: Path) -> None:
+    # The root of the tree that is dumped is a child of the victim's first process, which leads the session.
+    victim = victims.start("pipes")
+    child = victim.pids[1]
+    outcome = tool.dump(child, folder / "refused").expect(1)
+    assert "--shell-job" in outcome.one_line()
+    victim.expect_running()
+    victim.finish()
+
+
 def test_a_dump_of_a_tree_that_is_forking_all_the_time_catches_all_of_it(
     tool: Tool, victims: Victims, folder: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_task_that_hosted_the_agent_goes_on_as_if_nothing_had_happened() -> No
             with core.Tracer() as tracer:
                 tree = FrozenTree(tracer, process.pid, [])
                 tree.freeze()
+                tree.describe()
                 for thread in tree.tasks[process.pid].threads:
                     tree.tasks[process.pid].ask([Call(NR.SCHED_YIELD)], thread.tid)
                 tree.thaw()
@@ -87,6 +88,7 @@ def test_an_interrupted_sleep_keeps_its_end() -> None:
         time.sleep(0.7)
         tree = FrozenTree(tracer, process.pid, [])
         tree.freeze()
+        tree.describe()
         tree.tasks[process.pid].ask([Call(NR.GETPID)])
         tree.thaw()
         result, slept, _ = verdict(process)
@@ -114,6 +116,7 @@ def test_a_call_that_fails_is_named_and_the_task_is_whole() -> None:
     with running(SLEEPER) as process, core.Tracer() as tracer:
         tree = FrozenTree(tracer, process.pid, [])
         tree.freeze()
+        tree.describe()
         task = tree.tasks[process.pid]
         with pytest.raises(CallFailedError, match="looking for it: OPENAT: No such file"):
             task.ask([Call(NR.OPENAT, (-100, Data(b"/nonexistent\0"), 0), "looking for it"), Call(NR.GETPID)])
@@ -127,6 +130,7 @@ def test_a_task_that_is_killed_while_frozen_is_an_error_and_no_hang() -> None:
     with running(SLEEPER) as process, core.Tracer() as tracer:
         tree = FrozenTree(tracer, process.pid, [])
         tree.freeze()
+        tree.describe()
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises((TaskDiedError, CoreError)):
             tree.tasks[process.pid].ask([Call(NR.GETPID)])

@@ -57,7 +57,7 @@ def finish_from(tool: Tool, victim: Victim, images: Path) -> None:
     victim.finish()
 
 
-@pytest.mark.parametrize("name", ["pipes", "registers"])
+@pytest.mark.parametrize("name", ["blocked", "pipes", "registers"])
 @pytest.mark.parametrize("point", DUMP_POINTS)
 def test_a_dump_killed_at_any_stage_leaves_the_tree_running(
     tool: Tool, victims: Victims, folder: Path, point: str, name: str
@@ -109,12 +109,13 @@ def test_a_restore_that_fails_at_any_stage_leaves_nothing_behind(
     victim.finish()
 
 
+@pytest.mark.parametrize("name", ["blocked", "tree"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_dump_that_is_hit_at_random_moments_leaves_the_tree_running(
-    tool: Tool, victims: Victims, folder: Path, number: signal.Signals
+    tool: Tool, victims: Victims, folder: Path, number: signal.Signals, name: str
 ) -> None:
     draw = random.Random(SEED + number)
-    victim = victims.start("pipes")
+    victim = victims.start(name)
     whole_run_s = tool.dump(victim.pid, folder / "images", "-R").expect(0).wall_s
     for turn in range(NR_RANDOM):
         images = folder / f"{turn}.images"

@@ -26,6 +26,11 @@ def test_timers_keep_their_ids_and_the_time_that_had_run(tool: Tool, victims: Vi
     round_trip(tool, victims.start("timers"))
 
 
+@pytest.mark.parametrize(("processes", "threads"), [("40", "3"), ("2", "150")])
+def test_crowds_of_processes_and_threads_survive(tool: Tool, victims: Victims, processes: str, threads: str) -> None:
+    round_trip(tool, victims.start("crowd", processes, threads))
+
+
 @pytest.mark.usefixtures("real_root")
 def test_credentials_of_every_kind_and_a_changed_root_survive(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("credentials"))

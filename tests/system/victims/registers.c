@@ -1,7 +1,7 @@
 /*
  * Threads that hold known values in every register they have and spin in user space across the dump: general registers,
- * flags, x87, MXCSR, XMM/YMM/ZMM and mask registers as far as this CPU has them, and GS base. Nothing else may touch them
- * in between, so loading, spinning and storing is one block of assembly.
+ * flags, x87, MXCSR, XMM/YMM/ZMM, mask and tile registers as far as this CPU has them, and GS base. Nothing else may touch
+ * them in between, so loading, spinning and storing is one block of assembly.
  */
 #include "victim.h"
 #include <asm/prctl.h>
@@ -9,7 +9,7 @@
 #include <pthread.h>
 #include <stddef.h>
 
-enum { NR_THREADS = 4 };
+enum { NR_THREADS = 5, ARCH_REQUEST_XSTATE = 0x1023, XSTATE_TILE_DATA = 18 };
 
 struct registers {
 	uint64_t general[13];          /* rax rbx rcx rdx rsi rdi r8 .. r14 in the order of the asm */
@@ -17,11 +17,12 @@ struct registers {
 	uint8_t x87[512] __attribute__((aligned(64))); /* fxsave image */
 	uint8_t vector[32][64] __attribute__((aligned(64)));
 	uint64_t mask[8];
+	uint8_t tiles[3][1024] __attribute__((aligned(64)));
 };
 
 volatile uint32_t released; /* named in assembly */
 uint32_t spinning;
-static int has_avx, has_avx512;
+static int has_avx, has_avx512, has_tiles;
 static __thread uint64_t thread_local_word;
 
 /* r15 points to the block `in`; r14 is not loaded with a pattern, it points to `out` (checked by storing there). */
@@ -82,6 +83,31 @@ static void spin_avx512(struct registers *in, struct registers *out)
 		: [in] "r"(in), [out] "r"(out), [released] "m"(released),
 		  [x87] "i"(offsetof(struct registers, x87)), [vector] "i"(offsetof(struct registers, vector)),
 		  [mask] "i"(offsetof(struct registers, mask))
+		: "memory", "cc");
+}
+
+/* Three tiles of 16 rows of 64 bytes; the kernel gives a process tile registers only when it asks for them. */
+static void spin_tiles(struct registers *in, struct registers *out)
+{
+	static const struct {
+		uint8_t palette, start_row, reserved[14];
+		uint16_t column_bytes[16];
+		uint8_t rows[16];
+	} shape = { 1, 0, { 0 }, { 64, 64, 64 }, { 16, 16, 16 } };
+
+	__asm__ volatile(
+		"ldtilecfg %[shape]\n\t"
+		"tileloadd %c[tiles](%[in],%[stride],1), %%tmm0\n\t"
+		"tileloadd %c[tiles]+1024(%[in],%[stride],1), %%tmm1\n\t"
+		"tileloadd %c[tiles]+2048(%[in],%[stride],1), %%tmm2\n\t"
+		SPIN
+		"tilestored %%tmm0, %c[tiles](%[out],%[stride],1)\n\t"
+		"tilestored %%tmm1, %c[tiles]+1024(%[out],%[stride],1)\n\t"
+		"tilestored %%tmm2, %c[tiles]+2048(%[out],%[stride],1)\n\t"
+		"tilerelease\n\t"
+		: [spinning] "+m"(spinning)
+		: [in] "r"(in), [out] "r"(out), [released] "m"(released), [shape] "m"(shape), [stride] "r"(64l),
+		  [tiles] "i"(offsetof(struct registers, tiles))
 		: "memory", "cc");
 }
 
@@ -171,6 +197,7 @@ static void *thread_main(void *argument)
 	for (int i = 0; i < 32; i++)
 		victim_fill(in[number].vector[i], 64, number * 1000 + i);
 	victim_fill(in[number].mask, sizeof(in[number].mask), number);
+	victim_fill(in[number].tiles, sizeof(in[number].tiles), 500 + number);
 	victim_fill(in[number].general, sizeof(in[number].general), 77 + number);
 	in[number].flags = 0x202 | 0xcd1; /* every arithmetic flag and the direction flag */
 	if (number == 0) {
@@ -179,6 +206,9 @@ static void *thread_main(void *argument)
 			CHECK(in[number].general[i] == out[number].general[i], "general register %d changed", i);
 		/* The comparison of the loop decides the arithmetic flags; the direction flag is ours. */
 		CHECK(out[number].flags & 0x400, "direction flag lost: %#lx", (long)out[number].flags);
+	} else if (number == 4 && has_tiles) {
+		spin_tiles(&in[number], &out[number]);
+		CHECK(!memcmp(in[number].tiles, out[number].tiles, sizeof(in[number].tiles)), "tile registers changed");
 	} else {
 		if (number == 1 || !has_avx) {
 			spin_sse(&in[number], &out[number]);
@@ -206,7 +236,8 @@ int main(int argc, char **argv)
 	victim_init(argc, argv);
 	has_avx = __builtin_cpu_supports("avx2");
 	has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-	MUST(__get_cpuid(1, &a, &b, &c, &d));
+	has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) &&
+		    !syscall(SYS_arch_prctl, ARCH_REQUEST_XSTATE, XSTATE_TILE_DATA);
 	for (uintptr_t i = 0; i < NR_THREADS; i++)
 		MUST(!pthread_create(&threads[i], NULL, thread_main, (void *)i));
 	while (__atomic_load_n(&spinning, __ATOMIC_SEQ_CST) < NR_THREADS)
