@@ -65,6 +65,10 @@ class ImageError(GpurestoreError):
     """An image file is missing, damaged, truncated, or of another tool; the message names it."""
 
 
+class TraceFileError(GpurestoreError):
+    """A file is not a trace as ``--trace`` writes it; the message names the file and the place."""
+
+
 class CoreError(GpurestoreError):
     """A request to the C core failed; ``errno`` is the kernel's, ``context`` what was being done."""
 

@@ -3,9 +3,12 @@
 A :class:`Trace` collects spans from any number of trio tasks and threads. Times are of the monotonic clock and count
 from the moment the trace was made. Use ``async with`` or plain ``with``, whichever the place allows::
 
-    async with trace.span("memory", task=pid, total=nr_bytes, gauge=queue.bytes_done) as span:
+    async with trace.span("memory", task=pid, total=nr_bytes, gauge=queue.bytes_done, after=[mapped]) as span:
         ...
         span.set(bytes=nr_bytes)
+
+``after`` names the spans that the stage needed; without it pipeline/critical.py takes the one before it on its track.
+A span with ``part_of`` (what one worker does of a stage, say) is shown on its track, and counts as that stage.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +26,15 @@ from gpurestore.errors import GpurestoreError
 
 Value = int | float | str | bool
 MAIN_TRACK = "main"
+PLUGIN_TRACK = "plugin "  # and the plugin's name
+WORKER_TRACK = " worker "  # between the track of the task and the worker's number
+
+# Kinds of stages, as the pictures colour them.
+MEMORY, DEVICE, STATE, CONTROL = KINDS = ("memory", "device", "state", "control")
+_MEMORY_STAGES = frozenset({"memory", "shared memory", "pump"})
+_CONTROL_STAGES = frozenset(
+    {"load", "verify", "check", "plan", "freeze", "thaw", "commit", "kill", "park", "release", "plugins"}
+)
 _NS = 1_000_000_000
 
 
@@ -37,6 +49,8 @@ class Span:
     args: dict[str, Value] = field(default_factory=dict)
     total: int | None = None
     gauge: Callable[[], int] | None = None
+    after: tuple[Span, ...] = ()
+    part_of: Span | None = None
 
     def set(self, **args: Value) -> None:
         """Attach facts that are shown beside the span; ``bytes`` also counts in the table's throughput."""
@@ -46,6 +60,15 @@ class Span:
     def seconds(self) -> float:
         """How long it took; 0 while it still runs."""
         return 0.0 if self.end_ns is None else (self.end_ns - self.start_ns) / _NS
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS. Device hooks are named as their plugins' authors know them, in capitals."""
+        if self.track.startswith(PLUGIN_TRACK) or self.name.isupper():
+            return DEVICE
+        if self.name in _MEMORY_STAGES:
+            return MEMORY
+        return CONTROL if self.name in _CONTROL_STAGES else STATE
 
     @property
     def nr_bytes(self) -> int:
@@ -108,11 +131,13 @@ class Trace:
         track: str | None = None,
         total: int | None = None,
         gauge: Callable[[], int] | None = None,
+        after: Iterable[Span] = (),
+        part_of: Span | None = None,
         **args: Value,
     ) -> SpanScope:
         """A scope for the stage ``name`` on the track of ``task`` (a pid), on ``track``, or on the main one."""
         where = track or (MAIN_TRACK if task is None else f"task {task}")
-        return SpanScope(self, Span(name, where, 0, None, dict(args), total, gauge))
+        return SpanScope(self, Span(name, where, 0, None, dict(args), total, gauge, tuple(after), part_of))
 
     def now_ns(self) -> int:
         """Nanoseconds since the trace began."""
@@ -146,6 +171,7 @@ def chrome_events(spans: Sequence[Span], now_ns: int) -> dict[str, object]:
         {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "gpurestore"}}
     ]
     tracks = list(dict.fromkeys([MAIN_TRACK, *(span.track for span in spans)]))
+    numbers = {id(span): number for number, span in enumerate(spans, 1)}
     tid = 0
     for track in tracks:
         for number, lane in enumerate(_lanes([s for s in spans if s.track == track], now_ns)):
@@ -153,20 +179,27 @@ def chrome_events(spans: Sequence[Span], now_ns: int) -> dict[str, object]:
             name = track if number == 0 else f"{track} ({number + 1})"
             events.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}})
             events.append({"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": tid, "args": {"sort_index": tid}})
-            events.extend(_event(span, tid, now_ns) for span in lane)
+            events.extend(_event(span, tid, now_ns, numbers) for span in lane)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _event(span: Span, tid: int, now_ns: int) -> dict[str, object]:
+def _event(span: Span, tid: int, now_ns: int, numbers: Mapping[int, int]) -> dict[str, object]:
+    """One span. Viewers show ``args``; ``span``, ``after`` and ``part_of`` in it are numbers of spans of this file."""
     end_ns = now_ns if span.end_ns is None else span.end_ns
+    args: dict[str, object] = {**span.args, "span": numbers[id(span)]}
+    if needed := [numbers[id(other)] for other in span.after if id(other) in numbers]:
+        args["after"] = needed
+    if span.part_of is not None and id(span.part_of) in numbers:
+        args["part_of"] = numbers[id(span.part_of)]
     return {
         "ph": "X",
         "name": span.name,
+        "cat": span.kind,
         "pid": 1,
         "tid": tid,
         "ts": span.start_ns / 1000,
         "dur": (end_ns - span.start_ns) / 1000,
-        "args": span.args,
+        "args": args,
     }
 
 
@@ -204,7 +237,7 @@ def summarize(spans: Iterable[Span]) -> list[StageSummary]:
     """One line per stage, in the order in which they began."""
     by_name: dict[str, list[Span]] = {}
     for span in spans:
-        if span.end_ns is not None:
+        if span.end_ns is not None and span.part_of is None:
             by_name.setdefault(span.name, []).append(span)
     rows = []
     for name, group in by_name.items():

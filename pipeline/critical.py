@@ -1,0 +1,118 @@
+"""The critical path: the chain of stages that determined when an operation ended.
+
+It is found backwards from the stage that ended last: what made a stage begin is, of those that it needed, the one that
+ended last. Where nothing says what a stage needed, it is the stage before it on its track, or for a stage of the main
+track, which waits for everybody, the one before it anywhere. A stage that began later still than all it needed had to
+wait for its turn (a worker, ``--serial``); then it is whatever ended in between.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gpurestore.pipeline.trace import MAIN_TRACK, Span, format_bytes, format_seconds
+
+# Between two stages lie the switch of a trio task and a line of Python or two.
+_SLACK_NS = 1_000_000
+_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class CriticalStage:
+    """One link of the chain. ``waited_s`` is the time before it in which no stage of the chain ran."""
+
+    name: str
+    track: str
+    start_s: float
+    seconds: float
+    waited_s: float
+    nr_bytes: int
+
+
+def critical_path(spans: Iterable[Span]) -> list[Span]:
+    """The chain, first stage first. Spans that still run, and parts of others, do not count."""
+    ended = sorted((s for s in spans if s.end_ns is not None and s.part_of is None), key=_order)
+    if not ended:
+        return []
+    chain = _Chain(ended)
+    path = [ended[-1]]
+    while (before := chain.before(path[-1])) is not None:
+        path.append(before)
+    return path[::-1]
+
+
+def critical_stages(spans: Iterable[Span]) -> tuple[CriticalStage, ...]:
+    """The chain as plain facts."""
+    stages = []
+    reached = 0
+    for span in critical_path(spans):
+        waited_s = max(0, span.start_ns - reached) / _NS
+        stages.append(CriticalStage(span.name, span.track, span.start_ns / _NS, span.seconds, waited_s, span.nr_bytes))
+        reached = span.end_ns or span.start_ns
+    return tuple(stages)
+
+
+def describe(stages: Sequence[CriticalStage], shown_s: float = 0.0) -> str:
+    """The chain on one line: ``check 10.0 ms > memory of task 12 1.20 s (1.0 GiB, 0.89 GB/s) > ...``.
+
+    Stages shorter than ``shown_s`` are left out, but for the longest one.
+    """
+    longest = max((stage.seconds for stage in stages), default=0.0)
+    return " > ".join(_words(stage) for stage in stages if stage.seconds >= min(shown_s, longest))
+
+
+def _words(stage: CriticalStage) -> str:
+    where = "" if stage.track == MAIN_TRACK else f" of {stage.track}"
+    text = f"{stage.name}{where} {format_seconds(stage.seconds)}"
+    if stage.nr_bytes and stage.seconds > 0:
+        text += f" ({format_bytes(stage.nr_bytes)}, {stage.nr_bytes / stage.seconds / 1e9:.2f} GB/s)"
+    return text
+
+
+def _order(span: Span) -> tuple[int, int]:
+    return (span.end_ns or 0, span.start_ns)
+
+
+class _Chain:
+    """Finished spans in the order of their ends, and steps from one back to what it waited for."""
+
+    def __init__(self, ended: Sequence[Span]) -> None:
+        self._ended = ended
+        self._ends = [span.end_ns or 0 for span in ended]
+
+    def before(self, span: Span) -> Span | None:
+        """What made ``span`` begin when it did; None for the first."""
+        needed = self._last([s for s in span.after if _is_before(s, span)]) or self._by_track(span)
+        latest = self._latest_before(span)
+        if needed is None or latest is None:
+            return needed or latest
+        waited_ns = span.start_ns - (needed.end_ns or 0)
+        return latest if waited_ns > _SLACK_NS and _order(latest) > _order(needed) else needed
+
+    def _by_track(self, span: Span) -> Span | None:
+        """Without explicit needs: the one before on the track, or a later stage of the main one."""
+        if span.track == MAIN_TRACK:
+            return self._latest_before(span)
+        return self._latest_before(span, {span.track, MAIN_TRACK})
+
+    def _latest_before(self, span: Span, tracks: set[str] | None = None) -> Span | None:
+        for index in range(bisect_right(self._ends, span.start_ns) - 1, -1, -1):
+            found = self._ended[index]
+            if _is_before(found, span) and (tracks is None or found.track in tracks):
+                return found
+        return None
+
+    @staticmethod
+    def _last(spans: Sequence[Span]) -> Span | None:
+        return max(spans, key=_order, default=None)
+
+
+def _is_before(first: Span, second: Span) -> bool:
+    """Whether one had ended when the other began. Beginnings differ too, so that every step leads back in time."""
+    return first.end_ns is not None and first.end_ns <= second.start_ns and _begun(first) < _begun(second)
+
+
+def _begun(span: Span) -> tuple[int, int]:
+    return (span.start_ns, span.end_ns or 0)
