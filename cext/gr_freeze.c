@@ -221,6 +221,58 @@ int gr_peek_signals(struct gr_tracer *tracer, int tid, int shared, uint64_t offs
 	return gr_tracer_call(tracer, do_peek, &request, err);
 }
 
+static int do_let_run(struct gr_tracer_state *state, void *arg, struct gr_error *err)
+{
+	int tid = *(int *)arg, ret;
+	struct gr_tracee *tracee = gr_tracee_find(state, tid);
+
+	if (!tracee || !tracee->stopped || tracee->in_agent)
+		return gr_fail(err, EINVAL, "letting task %d run, which is not frozen", tid);
+	ret = gr_tracee_get_mask(tracee, &tracee->home_mask, err);
+	/* A signal would stop it where nobody waits for it. */
+	if (ret == 0)
+		ret = gr_tracee_set_mask(tracee, ~0ULL, err);
+	if (ret < 0)
+		return ret;
+	if (ptrace(PTRACE_CONT, tid, NULL, NULL) < 0)
+		return gr_fail(err, errno, "letting task %d run", tid);
+	tracee->stopped = false;
+	tracee->let_run = true;
+	return 0;
+}
+
+int gr_thread_let_run(struct gr_tracer *tracer, int tid, struct gr_error *err)
+{
+	return gr_tracer_call(tracer, do_let_run, &tid, err);
+}
+
+/* Stops a thread that was let run; used for all of them before a task is let go, too. */
+static int hold(struct gr_tracer_state *state, struct gr_tracee *tracee, struct gr_error *err)
+{
+	int found = tracee->stop_signal;
+	int ret = gr_tracee_interrupt(state, tracee, err);
+
+	if (ret < 0)
+		return ret;
+	tracee->stop_signal = found;
+	tracee->let_run = false;
+	return gr_tracee_set_mask(tracee, tracee->home_mask, err);
+}
+
+static int do_hold(struct gr_tracer_state *state, void *arg, struct gr_error *err)
+{
+	struct gr_tracee *tracee = gr_tracee_find(state, *(int *)arg);
+
+	if (!tracee || !tracee->let_run)
+		return gr_fail(err, EINVAL, "holding task %d, which does not run", *(int *)arg);
+	return hold(state, tracee, err);
+}
+
+int gr_thread_hold(struct gr_tracer *tracer, int tid, struct gr_error *err)
+{
+	return gr_tracer_call(tracer, do_hold, &tid, err);
+}
+
 struct release_request {
 	int pid, stop;
 };
@@ -235,7 +287,11 @@ static int do_release(struct gr_tracer_state *state, void *arg, struct gr_error 
 		result = gr_fail(err, errno, "stopping task %d", request->pid);
 	for (int i = state->tracees.nr - 1; i >= 0; i--) {
 		if (state->tracees.items[i]->pid == request->pid) {
-			int ret = gr_tracee_detach(state, state->tracees.items[i], err);
+			struct gr_tracee *tracee = state->tracees.items[i];
+			int ret = tracee->let_run ? hold(state, tracee, err) : 0;
+
+			if (ret == 0)
+				ret = gr_tracee_detach(state, tracee, err);
 
 			/* Killed from outside meanwhile: there is nothing left to detach from. */
 			if (ret < 0 && ret != -ESRCH)

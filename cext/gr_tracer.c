@@ -63,8 +63,11 @@ static void unregister_rseq(void)
 static void *tracer_main(void *arg)
 {
 	struct gr_tracer *tracer = arg;
+	uint64_t all = ~0ULL;
 
 	unregister_rseq();
+	/* The thread takes no signals, and what it forks begins with all of them blocked; libc would spare two. */
+	syscall(__NR_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof(all));
 
 	pthread_mutex_lock(&tracer->lock);
 	for (;;) {
@@ -116,7 +119,6 @@ int gr_tracer_create(struct gr_tracer **out, struct gr_error *err)
 	pthread_mutex_init(&tracer->lock, NULL);
 	pthread_cond_init(&tracer->wake, NULL);
 	pthread_cond_init(&tracer->done, NULL);
-	/* The thread takes no signals, and what it forks begins with all of them blocked. */
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	code = pthread_create(&tracer->thread, NULL, tracer_main, tracer);

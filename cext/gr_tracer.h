@@ -57,6 +57,12 @@ int gr_agent_run(struct gr_tracer *tracer, int tid, uint32_t slot, uint8_t *batc
 		 struct gr_error *err);
 /* Address of a slot's batch in the task, for which batches must be encoded. */
 uint64_t gr_agent_batch_address(uint64_t address, uint32_t slot);
+/*
+ * Lets one thread of a frozen task run, all its signals blocked, until gr_thread_hold stops it again: a device driver
+ * may need a helper thread of the task. Not while the thread is in the agent.
+ */
+int gr_thread_let_run(struct gr_tracer *tracer, int tid, struct gr_error *err);
+int gr_thread_hold(struct gr_tracer *tracer, int tid, struct gr_error *err);
 /* Puts every thread back to where it was and unmaps the agent; the task stays frozen. */
 int gr_agent_leave(struct gr_tracer *tracer, int pid, struct gr_error *err);
 /* Detaches; with `stop` the task stays stopped (SIGSTOP), else it goes on as it was found. */

@@ -15,7 +15,7 @@ struct gr_tracee {
 	bool spawned;     /* made by a restore: dies with us */
 	bool stopped;
 	bool in_agent;    /* its registers are the agent's; `home` holds its own */
-	bool in_syscall;  /* stopped at a system call's entry */
+	bool let_run;     /* runs on purpose; `home_mask` holds its own mask */
 	int stop_signal;  /* group stop it was found in */
 	struct gr_regs home;
 	uint64_t home_mask;

@@ -171,6 +171,16 @@ class Tracer:
         err = new_error()
         check(lib.gr_agent_leave(self._tracer, pid, err), err)
 
+    def let_run(self, tid: int) -> None:
+        """Let one thread of a frozen task run, its signals blocked, until :meth:`hold`."""
+        err = new_error()
+        check(lib.gr_thread_let_run(self._tracer, tid, err), err)
+
+    def hold(self, tid: int) -> None:
+        """Stop a thread again that :meth:`let_run` set going."""
+        err = new_error()
+        check(lib.gr_thread_hold(self._tracer, tid, err), err)
+
     def release(self, pid: int, *, stop: bool = False) -> None:
         """Let a seized task go on as it was found, or with ``stop`` leave it stopped by SIGSTOP."""
         err = new_error()

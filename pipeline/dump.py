@@ -134,6 +134,7 @@ class _Dump:
         self._findings: list[Finding] = []
         self._pages_ids = count(1)
         self._memory_bytes = 0
+        self._pids: tuple[int, ...] = ()
         self._frozen_at = 0.0
         self._frozen_s = 0.0
 
@@ -157,7 +158,7 @@ class _Dump:
                 raise
         return DumpResult(
             root_pid=self._pid,
-            pids=tuple(tree.tasks),
+            pids=self._pids,
             images_dir=str(writer.final_dir),
             memory_bytes=self._memory_bytes,
             image_bytes=image_bytes,
@@ -175,6 +176,8 @@ class _Dump:
                     raise CancelledError("cancelled while the tree was being stopped")
 
             await blocking.run(tree.freeze, should_stop)
+            await blocking.run(tree.describe)
+            self._pids = tuple(tree.tasks)
         log.info("frozen: %d tasks, %d threads", len(tree.tasks), sum(len(task.threads) for task in tree))
         faults.point("dump.frozen")
 

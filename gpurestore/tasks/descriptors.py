@@ -15,11 +15,11 @@ from gpurestore.batch import Call
 from gpurestore.errors import CoreError, Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import eventfds, fdinfo, filelocks, memfds, mounts, pipes, regfiles, tmpfs
+from gpurestore.tasks import eventfds, external, fdinfo, filelocks, memfds, mounts, pipes, regfiles, tmpfs
 from gpurestore.tasks.bulkcopy import Cancelled, never
 from gpurestore.tasks.fdinfo import FdInfo, OpenFile
 from gpurestore.tasks.filefacts import FileFacts
-from gpurestore.tasks.filekinds import FileKind, classify
+from gpurestore.tasks.filekinds import FileKind, classify, is_unix
 from gpurestore.tasks.ghosts import GhostDump
 from gpurestore.tasks.hiddenfiles import HiddenFiles
 
@@ -78,13 +78,17 @@ class _Descriptions:
 class FileTable:
     """The files of a tree at dump. Order of use: add_* for all tasks, finish, write if nothing was found, close."""
 
-    def __init__(self, findings: list[Finding], kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, findings: list[Finding], kernel: Kernel | None = None, claims: external.Claims | None = None
+    ) -> None:
+        """``claims`` is offered what nothing here can carry."""
         if kernel is None:
             from gpurestore import core
 
             kernel = core
         fdinfo.raise_limit()
         self._kernel = kernel
+        self._claims = claims or external.Nobody()
         self._findings = findings
         self._mounts = mounts.read()
         self._entries: list[pb.file_entry] = []
@@ -117,7 +121,7 @@ class FileTable:
             file = fdinfo.open_file(where, own, info)
             file_id, remember = self._descriptions.find(task.pid, fd, file)
             if not file_id:
-                file_id = self._add_file(file)
+                file_id = self._add_file(file, may_claim=True)
                 remember(file_id)
             if not file_id:
                 return None
@@ -153,6 +157,17 @@ class FileTable:
             os.close(own)
         return self._hidden.add(task, vma, flags, self._append)
 
+    def claim_mapping(self, task: TaskLike, vma: Vma, refused: Finding | None) -> int:
+        """The id of the file behind a mapping that a plugin claims; 0 when none does."""
+        found = external.offer_mapping(self._claims, task.pid, vma, refused)
+        if found is None:
+            return 0
+        flags = os.O_RDWR if vma.shared and "mw" in vma.flags else os.O_RDONLY
+        key = ("claimed", found.st_dev, found.st_ino, flags)
+        if key not in self._specials:
+            self._specials[key] = self._append(lambda i: external.collect_mapped(vma.path, i, flags, found))
+        return self._specials[key]
+
     def add_exe(self, task: TaskLike) -> int:
         """The id of the program that ``task`` runs."""
         return self._add_link(task, "exe", os.O_RDONLY)
@@ -186,10 +201,15 @@ class FileTable:
         finally:
             os.close(own)
 
-    def _add_file(self, file: OpenFile) -> int:
-        """Give ``file`` an id and an entry; 0 when it is refused."""
+    def _add_file(self, file: OpenFile, *, may_claim: bool = False) -> int:
+        """Give ``file`` an id and an entry; 0 when it is refused. Only descriptors can be claimed by plugins."""
         kind = classify(file, self._mounts)
         if isinstance(kind, Finding):
+            claim = self._claims.claim_file(file.fd, self._next_id, is_unix_socket=is_unix(file)) if may_claim else None
+            if claim is not None:
+                if claim is external.Claim.UNIX_SOCKET:
+                    self._facts.unix_sockets.append(self._next_id)
+                return self._append(lambda i: external.collect_file(file, i))
             self._findings.append(kind)
             return 0
         match kind:

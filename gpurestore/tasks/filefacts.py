@@ -31,6 +31,7 @@ class FileFacts:
     tmpfs: dict[int, int] = field(default_factory=dict)  # ghost image with the content of a file on tmpfs
     pipes: dict[int, PipeOwner] = field(default_factory=dict)
     packets: dict[int, list[int]] = field(default_factory=dict)  # lengths of the packets in a pipe
+    unix_sockets: list[int] = field(default_factory=list)  # files that a plugin claimed as UNIX sockets
 
     def to_json(self) -> dict[str, Any]:
         """The value for gpurestore.json; empty parts are left out."""
@@ -46,6 +47,7 @@ class FileFacts:
         parts = _object({} if value is None else value)
         return cls(
             semaphores=[_number(item) for item in _list(parts.get("semaphores", []))],
+            unix_sockets=[_number(item) for item in _list(parts.get("unix_sockets", []))],
             rdev=_numbers(parts.get("rdev", {}), (1 << 63) - 1),
             tmpfs=_numbers(parts.get("tmpfs", {}), _ID_MAX),
             pipes={_key(key): _owner(item) for key, item in _object(parts.get("pipes", {})).items()},

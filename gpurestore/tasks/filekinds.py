@@ -113,6 +113,11 @@ def _special_file_system(file: OpenFile, mount: Mount) -> Finding | None:
     return None
 
 
+def is_unix(file: OpenFile) -> bool:
+    """Whether it is a UNIX socket."""
+    return stat.S_ISSOCK(file.stat.st_mode) and file.link.startswith("socket:") and _family(file.fd) == "unix"
+
+
 def _family(fd: int) -> str:
     """The address family of a socket in words; asks a duplicate, so that the descriptor stays open."""
     try:

@@ -13,10 +13,11 @@ from gpurestore.errors import ImageError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.tasks import vmaflags
+from gpurestore.tasks.external import is_claimed
 
 MAX_FD = 1 << 30
 _FILE_VMA = vmaflags.FILE_SHARED | vmaflags.FILE_PRIVATE
-_BODY = {pb.REG: "reg", pb.PIPE: "pipe", pb.FIFO: "fifo", pb.EVENTFD: "efd", pb.MEMFD: "memfd"}
+_BODY = {pb.REG: "reg", pb.PIPE: "pipe", pb.FIFO: "fifo", pb.EVENTFD: "efd", pb.MEMFD: "memfd", pb.EXT: "ext"}
 _ROOT, _CWD = "root directory", "working directory"
 
 
@@ -33,6 +34,7 @@ class FileUses:
         self._first: dict[int, tuple[int, int]] = {}
         self._directories: set[int] = set()
         self._mapped: dict[int, int] = {}
+        self.claimed: dict[int, list[pb.vma_entry]] = {}  # by pid: mappings that a device plugin speaks for
         self.pids: set[int] = set()  # of processes, threads, groups and sessions
         for item in folder.read("pstree"):
             self.pids |= {item.pid, item.pgid, item.sid, *item.threads}
@@ -57,7 +59,10 @@ class FileUses:
         mm = folder.read_one("mm", pid)
         self._use_mapping(mm.exe_file_id, os.O_RDONLY, f"pid {pid}, program")
         for vma in mm.vmas:
-            if vma.status & _FILE_VMA:
+            if is_claimed(vma):
+                self.regular(vma.shmid)
+                self.claimed.setdefault(pid, []).append(vma)
+            elif vma.status & _FILE_VMA:
                 shared = vma.status & vmaflags.FILE_SHARED and vma.prot & 2
                 guess = os.O_RDWR if shared else os.O_RDONLY
                 flags = vma.fdflags if vma.HasField("fdflags") else self._flags_or(vma.shmid, guess)

@@ -116,7 +116,7 @@ class FrozenTree:
         return [task for task in self if not task.zombie]
 
     def freeze(self, should_stop: Callable[[], None] = lambda: None) -> None:
-        """Stop the tree and read what ptrace and procfs tell of it. On failure :meth:`thaw` undoes it."""
+        """Stop the tree. On failure :meth:`thaw` undoes it."""
         self._seize_process(self.root)
         while True:
             should_stop()
@@ -125,6 +125,9 @@ class FrozenTree:
                 break
             for pid in fresh:
                 self._seize_process(pid)
+
+    def describe(self) -> None:
+        """Read what ptrace and procfs tell of the frozen tree. After this its threads may not run any more."""
         for task in self:
             self._describe(task)
 
@@ -179,11 +182,13 @@ class FrozenTree:
             task.leave()
 
     def thaw(self, *, stop: bool = False) -> None:
-        """Let every task go on as it was found, or leave it stopped."""
+        """Let every task go on as it was found, or leave it stopped. The tree may be frozen again afterwards."""
         self.leave()
         for task in self.living:
             self.tracer.release(task.pid, stop=stop)
         self.close()
+        if not stop:
+            self.tasks.clear()
 
     def kill(self) -> None:
         """Kill every task at once and wait until all are dead."""

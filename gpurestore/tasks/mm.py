@@ -88,6 +88,7 @@ class Files(Protocol):
     """What this module needs of :class:`gpurestore.tasks.descriptors.FileTable`."""
 
     def add_mapping(self, task: Any, vma: maps.Vma) -> int: ...
+    def claim_mapping(self, task: Any, vma: maps.Vma, refused: Finding | None) -> int: ...
     def add_exe(self, task: Any) -> int: ...
 
 
@@ -142,6 +143,10 @@ def _stat_addresses(pid: int) -> dict[str, int]:
 
 def _collect_vma(task: Task, vma: maps.Vma, files: Files, mm: pb.mm_entry, findings: list[Finding]) -> None:
     kind = mappings.classify(task.pid, vma)
+    refused = kind if isinstance(kind, Finding) else None
+    if file_id := files.claim_mapping(task, vma, refused):
+        mm.vmas.append(_claimed(vma, file_id))
+        return
     if isinstance(kind, Finding):
         findings.append(kind)
         return
@@ -168,6 +173,17 @@ def _collect_vma(task: Task, vma: maps.Vma, files: Files, mm: pb.mm_entry, findi
     madv = sum(1 << vmaflags.ADVICE_OF_VMFLAG[name] for name in vma.flags & vmaflags.ADVICE_OF_VMFLAG.keys())
     if madv:
         entry.madv = madv
+
+
+def _claimed(vma: maps.Vma, file_id: int) -> pb.vma_entry:
+    """A mapping whose content is a plugin's business."""
+    kind = (vmaflags.FILE_SHARED, vmaflags.MAP_SHARED) if vma.shared else (vmaflags.FILE_PRIVATE, vmaflags.MAP_PRIVATE)
+    status = vmaflags.REGULAR | vmaflags.EXT_PLUGIN | kind[0]
+    entry = pb.vma_entry(
+        start=vma.start, end=vma.end, pgoff=vma.offset, prot=vma.prot, flags=kind[1], status=status, fd=-1
+    )
+    entry.shmid = file_id
+    return entry
 
 
 def _open_flags(pid: int, vma: maps.Vma) -> int:
@@ -273,7 +289,11 @@ def _move(part: vdso.Part, to: int, what: str) -> Call:
 
 
 def plan_mappings(
-    mm: pb.mm_entry, fd_of: Callable[[int], int], staging: Callable[[int], int], filled: Collection[int]
+    mm: pb.mm_entry,
+    fd_of: Callable[[int], int],
+    staging: Callable[[int], int],
+    filled: Collection[int],
+    redirected: Mapping[int, tuple[int, int]] | None = None,
 ) -> list[Call]:
     """Make every mapping, empty, in an address space that :func:`plan_strip` cleared.
 
@@ -284,7 +304,10 @@ def plan_mappings(
 
     The executable is changed here, not at the end: the kernel refuses that while the old one is mapped, and "old one"
     is a matter of the path, which may well be the same.
+
+    ``redirected``: (descriptor, offset) to map instead, by the start of a mapping that a plugin claimed.
     """
+    redirected = redirected or {}
     calls = [
         Call(NR.PRCTL, (_PR_SET_THP_DISABLE, int(mm.thp_disabled), 0, 0, 0), "switching huge pages off or on"),
         _set_mm_map(mm, fd_of(mm.exe_file_id)),
@@ -294,6 +317,9 @@ def plan_mappings(
             continue
         if vma.status & vmaflags.ANON_SHARED:
             calls += _map_staged(vma, staging(vma.shmid))
+        elif vma.start in redirected:
+            fd, pgoff = redirected[vma.start]
+            calls.append(_map(vma, fd, vma.prot, pgoff))
         else:
             fd = fd_of(vma.shmid) if vma.status & (vmaflags.FILE_PRIVATE | vmaflags.FILE_SHARED) else -1
             calls.append(_map(vma, fd, vma.prot | (PROT_WRITE if vma.start in filled else 0)))
@@ -311,9 +337,9 @@ def _set_mm_map(mm: pb.mm_entry, exe_fd: int) -> Call:
     return Call(NR.PRCTL, (_PR_SET_MM, _PR_SET_MM_MAP, argument, _MM_MAP.size, 0), what, want=0)
 
 
-def _map(vma: pb.vma_entry, fd: int, prot: int) -> Call:
+def _map(vma: pb.vma_entry, fd: int, prot: int, pgoff: int | None = None) -> Call:
     flags = vma.flags & ~(vmaflags.MAP_LOCKED | vmaflags.MAP_FIXED) | vmaflags.MAP_FIXED_NOREPLACE
-    args = (vma.start, vma.end - vma.start, prot, flags, fd, vma.pgoff if fd >= 0 else 0)
+    args = (vma.start, vma.end - vma.start, prot, flags, fd, (vma.pgoff if pgoff is None else pgoff) if fd >= 0 else 0)
     return Call(NR.MMAP, args, f"mapping {vma.start:x}-{vma.end:x}", want=vma.start)
 
 

@@ -29,7 +29,7 @@ from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.syscalls import NR
-from gpurestore.tasks import eventfds, fdinfo, filelocks, fs, ghosts, memfds, pipes, regfiles, tmpfs
+from gpurestore.tasks import eventfds, external, fdinfo, filelocks, fs, ghosts, memfds, pipes, regfiles, tmpfs
 from gpurestore.tasks.bulkcopy import Cancelled, never
 from gpurestore.tasks.filefacts import FileFacts
 from gpurestore.tasks.fileuses import FileUses
@@ -43,15 +43,21 @@ class StagedFiles:
     """All file descriptions of an image folder."""
 
     def __init__(
-        self, folder: ImageFolder, fill_object: FillObject | None = None, cancelled: Cancelled = never
+        self,
+        folder: ImageFolder,
+        fill_object: FillObject | None = None,
+        cancelled: Cancelled = never,
+        openers: external.Openers | None = None,
     ) -> None:
         """Reads the images; raises ImageError where they contradict themselves.
 
         ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors.
-        ``cancelled`` is asked while contents are copied.
+        ``cancelled`` is asked while contents are copied. ``openers`` gives back what device plugins claimed.
         """
         self._folder = folder
         self._cancelled = cancelled
+        self._openers = openers
+        self._redirects: dict[int, dict[int, tuple[int, int]]] = {}
         self.uses = FileUses(folder)
         extension = folder.manifest.extension if folder.manifest is not None else {}
         self._facts = facts = FileFacts.from_json(extension.get("files"))
@@ -110,6 +116,10 @@ class StagedFiles:
                 return self._check_fifo(entry.fifo, where)
             case pb.PIPE | pb.EVENTFD | pb.MEMFD:
                 return []
+            case pb.EXT if self._openers is not None:
+                return []
+            case pb.EXT:
+                return [Finding(where, "file of a device plugin", "no plugin is loaded that could give it back")]
         name = pb.fd_types.Name(entry.type)
         return [
             Finding(
@@ -167,6 +177,10 @@ class StagedFiles:
     def assign(self, base_fd: int) -> None:
         """Give every staged file a number from ``base_fd`` on."""
         self._numbers = {use: base_fd + index for index, use in enumerate(self.uses.wanted())}
+        free = base_fd + len(self._numbers)
+        for pid, vmas in self.uses.claimed.items():
+            self._redirects[pid] = {vma.start: (free + index, vma.pgoff) for index, vma in enumerate(vmas)}
+            free += len(vmas)
 
     def fd_of(self, file_id: int) -> int:
         """The staged descriptor of a description, a directory, ..."""
@@ -181,6 +195,10 @@ class StagedFiles:
             return self._numbers[file_id, for_mapping]
         except KeyError:
             raise ImageError(f"files.img: no file {file_id}, which another image names") from None
+
+    def redirects_of(self, pid: int) -> dict[int, tuple[int, int]]:
+        """Descriptor and offset of every mapping of a task that a device plugin claimed, by its start."""
+        return self._redirects.get(pid, {})
 
     def is_our_root(self, file_id: int) -> bool:
         """Whether ``file_id`` is the root directory that this process has, too."""
@@ -203,14 +221,50 @@ class StagedFiles:
 
     def _open_all(self, base_fd: int) -> None:
         self.assign(base_fd)
-        fdinfo.raise_limit(base_fd + len(self._numbers) + _SPARE_DESCRIPTORS)
-        for file_id, for_mapping in self.uses.wanted():
-            self._stage(file_id, for_mapping)
+        claimed = sum(map(len, self.uses.claimed.values()))
+        fdinfo.raise_limit(base_fd + len(self._numbers) + claimed + _SPARE_DESCRIPTORS)
+        self._stage_all(self.uses.wanted())
+        for pid in self.uses.claimed:
+            self._stage_claimed(pid)
         for lock in self._locks:
             self._take_lock(lock)
         self._ghosts.finish()
         self._memfds.finish()
         self._pipes.close()
+
+    def _stage_all(self, uses: list[tuple[int, bool]]) -> None:
+        """Stage ``uses``; those of plugins that want to be asked again come once more when the others are there."""
+        later: list[tuple[int, bool]] = []
+        for file_id, for_mapping in uses:
+            try:
+                self._stage(file_id, for_mapping)
+            except external.RetryFile:
+                later.append((file_id, for_mapping))
+        if len(later) == len(uses) and later:
+            raise GpurestoreError(
+                f"{self.uses.where(later[0][0])}: its device plugin waits for other files, but none is left to open"
+            )
+        if later:
+            self._stage_all(later)
+
+    def _stage_claimed(self, pid: int) -> None:
+        """Open what the claimed mappings of a task are to lead to."""
+        openers = self._openers or external.Nobody()
+        for vma in self.uses.claimed[pid]:
+            entry = self.uses.regular(vma.shmid)
+            path = regfiles.safe_name(entry)
+            answer = openers.redirect_mapping(path, vma.start, vma.pgoff) or external.Redirect(vma.pgoff)
+            try:
+                fd = answer.fd if answer.fd >= 0 else os.open(path, regfiles.open_flags(entry.flags))
+                try:
+                    number = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self._redirects[pid][vma.start][0])
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                where = f"pid {pid}, mapping {vma.start:x}-{vma.end:x}"
+                raise GpurestoreError(f"{where}: cannot open {path}: {os.strerror(error.errno or 0)}") from error
+            self._opened.append(number)
+            self._redirects[pid][vma.start] = (number, answer.pgoff)
 
     def _stage(self, file_id: int, for_mapping: bool) -> None:
         entry = self.uses.entry(file_id)
@@ -245,6 +299,10 @@ class StagedFiles:
                 return eventfds.open_entry(entry.efd, self._facts.semaphores)
             case pb.MEMFD:
                 return self._memfds.open(entry.memfd.inode_id, flags, for_mapping=for_mapping)
+            case pb.EXT if self._openers is not None:
+                is_socket = entry.id in self._facts.unix_sockets
+                claim = external.Claim.UNIX_SOCKET if is_socket else external.Claim.FILE
+                return self._openers.open_file(entry.id, claim)
         raise OSError(errno.EOPNOTSUPP, "")
 
     def _open_regular(self, entry: pb.reg_file_entry, flags: int) -> int:

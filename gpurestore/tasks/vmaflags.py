@@ -18,10 +18,11 @@ ANON_PRIVATE: Final = 1 << 9
 VVAR: Final = 1 << 12
 MEMFD: Final = 1 << 14
 GUARD: Final = 1 << 16  # no mapping: the extent of pages under MADV_GUARD_INSTALL, behind all real entries
+EXT_PLUGIN: Final = 1 << 27  # claimed by a device plugin: it keeps the content and says what to map
 STACK: Final = 1 << 1  # written by old versions of CRIU, without a meaning for a restore
 _KERNELS: Final = VDSO | VVAR | VSYSCALL
 _MAPPED: Final = FILE_PRIVATE | FILE_SHARED | ANON_SHARED | ANON_PRIVATE
-KNOWN_STATUS: Final = REGULAR | STACK | HEAP | MEMFD | GUARD | _KERNELS | _MAPPED
+KNOWN_STATUS: Final = REGULAR | STACK | HEAP | MEMFD | GUARD | EXT_PLUGIN | _KERNELS | _MAPPED
 
 # flags: as for mmap(2)
 MAP_SHARED: Final = 0x01
@@ -78,7 +79,8 @@ def is_guard(vma: pb.vma_entry) -> bool:
 
 def is_private(vma: pb.vma_entry) -> bool:
     """Whether the area has pages of its own in the task's pagemap and is mapped by us."""
-    return bool(vma.status & (ANON_PRIVATE | FILE_PRIVATE)) and not is_kernels(vma) and not is_guard(vma)
+    mapped_by_us = not vma.status & (_KERNELS | GUARD | EXT_PLUGIN)
+    return bool(vma.status & (ANON_PRIVATE | FILE_PRIVATE)) and mapped_by_us
 
 
 def is_ours_to_map(vma: pb.vma_entry) -> bool:

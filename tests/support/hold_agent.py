@@ -16,6 +16,7 @@ def main() -> None:
     tracer = core.Tracer()
     tree = FrozenTree(tracer, int(sys.argv[1]), [])
     tree.freeze()
+    tree.describe()
     for task in tree:
         for thread in task.threads:
             assert task.ask([Call(NR.GETTID)], thread.tid)[0].result == thread.tid

@@ -72,6 +72,9 @@ class FakeFiles:
     def add_mapping(self, task: Any, vma: maps.Vma) -> int:
         return self._add(f"{'w' if vma.shared and 'sh' in vma.flags else 'r'}{vma.path}")
 
+    def claim_mapping(self, task: object, vma: maps.Vma, refused: Finding | None) -> int:
+        return 0
+
     def add_exe(self, task: Any) -> int:
         return self._add("r" + os.readlink(f"/proc/{task.pid}/exe"))
 
