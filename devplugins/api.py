@@ -97,20 +97,24 @@ class RetryLater(Exception):  # noqa: N818 - an answer, not an error
 
 @dataclass(frozen=True, slots=True)
 class HookContext:
-    """What a plugin may use of its host. Made once per operation; the same for all hooks.
+    """What a plugin may use of its host. Made once per operation; the same for all hooks but for ``options``, which
+    are the plugin's own.
 
-    ``images_dir`` is where the plugin keeps its own image files: use ``open_image`` to write one, so that it is
-    checksummed and synced, and to read it back. ``running_thread(pid, tid)`` lets one thread of a frozen task run inside
-    an ``async with`` block. ``progress(name, done_bytes, total_bytes)`` shows up in trace and terminal.
+    ``images_dir`` (and a descriptor of it) is where the plugin keeps its image files: ``open_image(name)`` creates one
+    at dump, the host keeps that descriptor; at restore it opens one, for the plugin to close. ``running_thread(pid,
+    tid)`` lets one thread of a frozen task run inside an ``async with`` block. ``span(name, track=...)`` is a scope
+    that shows up in trace and terminal. ``tree_goes_on``: a dump after which the tree is to run on.
     """
 
     stage: Stage
     images_dir: Path
     open_image: Callable[[str], int]
+    images_dir_fd: int = -1
     options: Mapping[str, str | None] = field(default_factory=dict)
     running_thread: Callable[[int, int], AbstractAsyncContextManager[None]] | None = None
-    span: Callable[..., AbstractAsyncContextManager[Any]] | None = None
+    span: Callable[..., Any] | None = None
     is_cancelled: Callable[[], bool] = lambda: False
+    tree_goes_on: bool = False
     jobs: int = 1
 
 
