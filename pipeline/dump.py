@@ -33,6 +33,7 @@ from gpurestore.images import pb
 from gpurestore.images.inventory import build_inventory
 from gpurestore.images.writer import ImageWriter
 from gpurestore.pipeline.blocking import Blocking, blocking_calls
+from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.trace import Trace, summarize
 from gpurestore.tasks import cores, cpu, fs, ids, memory, mm, procfs, pstree, shmem
 from gpurestore.tasks.descriptors import FileTable
@@ -56,6 +57,7 @@ class DumpResult:
     frozen_s: float
     total_s: float
     stages: tuple[tuple[str, float, int], ...]
+    critical_path: tuple[CriticalStage, ...]
 
 
 @dataclass(slots=True)
@@ -156,6 +158,8 @@ class _Dump:
                 with trio.CancelScope(shield=True):
                     await self._give_back(blocking, tree, error)
                 raise
+        path = critical_stages(self._spans.spans)
+        log.info("critical path: %s", describe(path))
         return DumpResult(
             root_pid=self._pid,
             pids=self._pids,
@@ -165,6 +169,7 @@ class _Dump:
             frozen_s=self._frozen_s,
             total_s=time.monotonic() - begin,
             stages=tuple((s.name, s.wall_s, s.nr_bytes) for s in summarize(self._spans.spans)),
+            critical_path=path,
         )
 
     async def _freeze(self, blocking: Blocking, tree: FrozenTree) -> None:

@@ -25,9 +25,10 @@ from gpurestore.errors import CancelledError, CoreError, GpurestoreError, NeedsP
 from gpurestore.images.folder import ImageFolder
 from gpurestore.pipeline import load, plan
 from gpurestore.pipeline.blocking import Blocking, blocking_calls
+from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
 from gpurestore.pipeline.plan import RestorePlan, TaskPlan
-from gpurestore.pipeline.trace import Trace, summarize
+from gpurestore.pipeline.trace import WORKER_TRACK, Span, Trace, summarize
 from gpurestore.syscalls import NR
 from gpurestore.tasks import memory, shmem
 from gpurestore.tasks.pstree import Birth, Run
@@ -52,6 +53,7 @@ class RestoreResult:
     memory_bytes: int
     total_s: float
     stages: tuple[tuple[str, float, int], ...]
+    critical_path: tuple[CriticalStage, ...]
 
 
 async def restore(
@@ -87,12 +89,15 @@ async def restore(
     finally:
         if trace is not None:
             spans.write(trace)
+    path = critical_stages(spans.spans)
+    log.info("critical path: %s", describe(path))
     return RestoreResult(
         root_pid=tree.root_pid,
         pids=tuple(entry.pid for entry in tree.entries),
         memory_bytes=tree.memory_bytes,
         total_s=time.monotonic() - begin,
         stages=tuple((s.name, s.wall_s, s.nr_bytes) for s in summarize(spans.spans)),
+        critical_path=path,
     )
 
 
@@ -194,6 +199,11 @@ class _Restore:
         """A stage of the graph: a span, and under --serial its turn."""
         async with self._turn, self._spans.span(name, **args) as span:
             yield span
+
+    @property
+    def spans(self) -> Trace:
+        """Where spans go that are no stages of the graph."""
+        return self._spans
 
     @property
     def blocking(self) -> Blocking:
@@ -368,13 +378,14 @@ class _Making:
             servers = [(tid, self._plan.slots[tid]) for tid in loaded.tids] + workers
             nr = max(1, min(self._restore.jobs, pages.nr_chunks, len(servers)))
             async with trio.open_nursery() as nursery:
-                for tid, slot in servers[:nr]:
-                    nursery.start_soon(self._pump, loaded, slot, tid)
+                for number, (tid, slot) in enumerate(servers[:nr], 1):
+                    nursery.start_soon(self._pump, loaded, slot, tid, number, span)
             await self._run(self._end_workers, workers)
             span.set(bytes=pages.total_bytes)
 
-    async def _pump(self, loaded: LoadedTask, slot: int, tid: int) -> None:
-        async with self._restore.memory_workers:
+    async def _pump(self, loaded: LoadedTask, slot: int, tid: int, number: int, memory_span: Span) -> None:
+        track = f"{memory_span.track}{WORKER_TRACK}{number}"
+        async with self._restore.memory_workers, self._restore.spans.span("pump", track=track, part_of=memory_span):
             await self._run(loaded.pages.run, self._region, slot, tid, self._pages[loaded.pid], self._cancel)
 
     def _make_workers(self, loaded: LoadedTask) -> list[tuple[int, int]]:

@@ -37,7 +37,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it."""
     set_up_log(args.log_file, args.verbose)
-    from gpurestore.cli.running import run_operation
+    from gpurestore.cli.running import run_operation, show_summary
     from gpurestore.pipeline.dump import dump
 
     async def operation(progress: Progress | None) -> DumpResult:
@@ -55,4 +55,5 @@ def run(args: argparse.Namespace) -> int:
     result = run_operation("dump", operation)
     if args.json:
         print_json(result)
+    show_summary("dump", result)
     return 0

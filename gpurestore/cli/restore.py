@@ -82,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace, result: RestoreResult) -> None:
     if args.json:
         print_json(result)
+    from gpurestore.cli.running import show_summary
+
+    show_summary("restore", result)
 
 
 def _print_plan(args: argparse.Namespace) -> int:

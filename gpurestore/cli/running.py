@@ -5,16 +5,54 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
 from gpurestore.errors import CancelledError
+from gpurestore.pipeline.critical import CriticalStage, describe
 from gpurestore.pipeline.progress import Progress
+from gpurestore.pipeline.trace import format_bytes, format_seconds
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_SHOWN_S = 0.001  # stages shorter than this are left to the log and the trace
+
 Result = TypeVar("Result")
+
+
+class Outcome(Protocol):
+    """What the results of all operations have."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The tasks."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of pages moved."""
+
+    @property
+    def total_s(self) -> float:
+        """How long it took."""
+
+    @property
+    def critical_path(self) -> tuple[CriticalStage, ...]:
+        """What that was spent on."""
+
+
+def show_summary(title: str, result: Outcome) -> None:
+    """On a terminal say in a line what was done and what determined how long it took; nothing elsewhere."""
+    try:
+        if not sys.stderr.isatty():
+            return
+        nr = len(result.pids)
+        tasks = "1 task" if nr == 1 else f"{nr} tasks"
+        facts = f"{tasks}, {format_bytes(result.memory_bytes)} of memory, {format_seconds(result.total_s)}"
+        path = describe(result.critical_path, _SHOWN_S)
+        sys.stderr.write(f"gpurestore {title}: {facts}: {path}\n")
+    except (OSError, ValueError):
+        pass  # the terminal went away
 
 
 def run_operation(title: str, operation: Callable[[Progress | None], Awaitable[Result]]) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -14,10 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpurestore.errors import GpurestoreError, UsageError
 from gpurestore.pipeline.trace import Span, format_bytes, format_table, summarize
+from gpurestore.pipeline.tracefile import read_trace
 
 _COMMAND = (sys.executable, "-m", "gpurestore")
 _POLL_S = 0.005
@@ -199,7 +198,7 @@ def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str
         last_loss=float.fromhex(job.losses.read_text().splitlines()[-1].split()[1]),
         weights_sha256=digest,
     )
-    return result, {name: _load_spans(folder / f"{name}.json") for name in ("dump", "restore")}
+    return result, {name: read_trace(folder / f"{name}.json").spans for name in ("dump", "restore")}
 
 
 def _train_and_dump(job: Job, status: Status, folder: Path) -> tuple[float, float]:
@@ -257,16 +256,6 @@ def _compare(undisturbed: Path, restored: Path) -> str:
     if digests[0] != digests[1]:
         raise GpurestoreError(f"the final weights differ: sha256 {digests[0]} undisturbed, {digests[1]} restored")
     return digests[0]
-
-
-def _load_spans(path: Path) -> list[Span]:
-    """The spans of a ``--trace`` file."""
-    events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    return [
-        Span(event["name"], "", int(event["ts"] * 1000), int((event["ts"] + event["dur"]) * 1000), event["args"])
-        for event in events
-        if event["ph"] == "X"
-    ]
 
 
 def _report(result: DemoResult, spans: dict[str, list[Span]]) -> str:
