@@ -93,11 +93,11 @@ def _char_width(char: str) -> float:
     return 0.79 if char.isupper() else 0.66
 
 
-def shorten(text: str, size: float, width: float) -> str:
+def shorten(text: str, size: float, width: float, *, bold: bool = False) -> str:
     """``text``, cut so that it fits."""
-    if text_width(text, size) <= width:
+    if text_width(text, size, bold=bold) <= width:
         return text
-    while text and text_width(text + "...", size) > width:
+    while text and text_width(text + "...", size, bold=bold) > width:
         text = text[:-1]
     return text + "..." if text else ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -63,7 +64,9 @@ _MARGIN, _BAR, _STEP, _PAD = 16, 18, 21, 4
 _LABEL_SIZE, _NAME_SIZE = 11.0, 12.0
 _GAP = 5.0  # around a label
 _MIN_BAR = 1.5
+_MIN_ALONE = 6.0
 _MAX_PATH_LINES = 3
+_TASK = re.compile(rf"task ([0-9]{{1,12}})(?:{WORKER_TRACK}([0-9]{{1,6}}))?")
 _NS = 1_000_000_000
 _UNITS = ((_NS, "s"), (1_000_000, "ms"), (1_000, "us"), (1, "ns"))
 
@@ -224,14 +227,13 @@ def draw(trace: TraceFile, title: str) -> Drawing:
     return Drawing(WIDTH, math.ceil(y) + _MARGIN, tuple(shapes))
 
 
-def _place(name: str) -> tuple[int, int]:
+def _place(name: str) -> tuple[int, int, int]:
     """Sort key of a row: the main one, tasks with their workers behind, plugins, others; else as in the file."""
     if name.split(" (")[0] == MAIN_TRACK:
-        return (0, 0)
-    if name.startswith("task "):
-        number = name.split()[1]
-        return (1, int(number) if number.isdecimal() and number.isascii() and len(number) < 12 else 0)
-    return (2 if name.startswith(PLUGIN_TRACK) else 3, 0)
+        return (0, 0, 0)
+    if match := _TASK.match(name):
+        return (1, int(match[1]), int(match[2] or 0))
+    return (2 if name.startswith(PLUGIN_TRACK) else 3, 0, 0)
 
 
 def _levels(row: Sequence[Span]) -> list[int]:
@@ -250,9 +252,9 @@ def _head(title: str, end_ns: int, path: Sequence[CriticalStage]) -> tuple[list[
     room = WIDTH - 2 * _MARGIN
     shapes: list[Shape] = []
     y = 32.0
-    took = format_seconds(total_s)
-    name = shorten(title, 18, room - text_width(took, 18, bold=True) * 1.1 - 40)
-    shapes.append(Text(_MARGIN, y, f"{name}: {took}", 18, bold=True))
+    took = f": {format_seconds(total_s)}"
+    name = shorten(title, 18, room - text_width(took, 18, bold=True), bold=True)
+    shapes.append(Text(_MARGIN, y, name + took, 18, bold=True))
     lines = _wrapped("Critical path: " + describe(path, total_s / 100), 12.0, room)
     for text in lines:
         y += 18
@@ -401,6 +403,8 @@ def _place_label(bar: _Bar, others: Sequence[_Bar | _Label], scale: _Scale) -> _
     right = min([end, *(o.x for o in others if o.x >= center)])
     if text := label_that_fits(texts, _LABEL_SIZE, right - left - 2 * _GAP):
         return _Label(left + _GAP, text, inside=True)
+    if bar.width < _MIN_ALONE and any(o.x <= end + 1 and bar.x - 1 <= o.x + o.width for o in others):
+        return None  # nobody could tell which dot it names
     if not any(o.x <= end < o.x + o.width for o in others):
         right = min([scale.right + 8, *(o.x for o in others if o.x >= end)])
         if text := label_that_fits(texts, _LABEL_SIZE, right - end - 2 * _GAP):
