@@ -33,6 +33,8 @@ _MOV_EAX = 0xB8
 # The calls that continue through restart_syscall and can be begun again from their arguments.
 _WITH_RESTART_BLOCK = (NR.POLL, NR.NANOSLEEP, NR.FUTEX, NR.CLOCK_NANOSLEEP)
 _CODE_SEARCHED_BYTES = 24
+_FUTEX_CLOCK_REALTIME = 256
+_PRIVATE_WAITS = (128 | 0, 128 | 9)  # FUTEX_PRIVATE_FLAG with FUTEX_WAIT, FUTEX_WAIT_BITSET
 _CS_64 = 0x33
 _TILE_DATA = 18
 
@@ -97,6 +99,8 @@ def begin_call_again(regs: Mapping[str, int], read: Callable[[int, int], bytes])
         fixed["rax"] = number
         if number == NR.RESTART_SYSCALL:
             original = _call_before(read, fixed["rip"])
+            if original is None and _waits_on_futex(regs):
+                original = NR.FUTEX
             if original is None:
                 fixed["rip"], fixed["rax"] = regs["rip"], (1 << 64) - _EINTR
             else:
@@ -118,6 +122,14 @@ def _call_before(read: Callable[[int, int], bytes], address: int) -> int | None:
             if number in _WITH_RESTART_BLOCK:
                 return int(number)
     return None
+
+
+def _waits_on_futex(regs: Mapping[str, int]) -> bool:
+    """Whether the arguments are those of a private futex wait with a time-out, and so of no other call that restarts.
+
+    Runtimes (C++, Rust) make it through syscall(3), whose code does not load a constant number.
+    """
+    return regs["rsi"] & ~_FUTEX_CLOCK_REALTIME in _PRIVATE_WAITS and regs["rdi"] % 4 == 0 and regs["r10"] != 0
 
 
 def collect(

@@ -44,3 +44,9 @@ def test_interrupted_system_calls_of_a_tree_that_was_left_running_go_on(tool: To
     tool.dump(victim.pid, victim.folder.parent / "images", "-R").expect(0)
     victim.expect_running()
     victim.finish()
+
+
+def test_system_calls_that_were_interrupted_twice_go_on_too(tool: Tool, victims: Victims) -> None:
+    victim = victims.start("blocked")
+    tool.dump(victim.pid, victim.folder.parent / "images", "-R").expect(0)
+    round_trip(tool, victim)

@@ -65,6 +65,12 @@ def test_a_restarted_call_is_recognised_by_the_code_that_made_it():
     assert (fixed["rip"], fixed["rax"], fixed["orig_rax"]) == (0x1005, POLL, POLL)
 
 
+def test_a_restarted_futex_wait_is_recognised_by_its_arguments():
+    regs = _regs(rax=MAX - 516, orig_rax=RESTART, rip=0x1007, rdi=0x7000, rsi=128 | 9 | 256, r10=0x8000)
+    fixed = registers.begin_call_again(regs, _nothing)
+    assert (fixed["rip"], fixed["rax"], fixed["orig_rax"]) == (0x1005, 202, 202)
+
+
 def test_a_restarted_call_that_is_not_recognised_is_interrupted():
     fixed = registers.begin_call_again(_regs(rax=MAX - 516, orig_rax=RESTART, rip=0x1007), _nothing)
     assert (fixed["rip"], fixed["rax"]) == (0x1007, MAX - 4)

@@ -14,7 +14,7 @@ static uint32_t futex_word;
 static pid_t slow_child;
 static double started;
 
-#define WAITS_S 1.2
+#define WAITS_S 2.5
 
 static long futex(uint32_t *word, int operation, uint32_t value, const struct timespec *timeout)
 {
@@ -35,7 +35,7 @@ static void check_slept(const char *what, double since, long result)
 
 static void *in_nanosleep(void *unused)
 {
-	struct timespec time = { 1, 200000000 };
+	struct timespec time = { 2, 500000000 };
 	double since = victim_now(CLOCK_MONOTONIC);
 	long result;
 
@@ -53,8 +53,8 @@ static void *in_absolute_sleep(void *unused)
 	int result;
 
 	clock_gettime(CLOCK_MONOTONIC, &until);
-	until.tv_sec += 1;
-	until.tv_nsec += 200000000;
+	until.tv_sec += 2;
+	until.tv_nsec += 500000000;
 	until.tv_sec += until.tv_nsec / 1000000000;
 	until.tv_nsec %= 1000000000;
 	about_to_block();
@@ -71,7 +71,7 @@ static void *in_poll_timeout(void *unused)
 	long result;
 
 	about_to_block();
-	result = poll(&set, 1, 1200);
+	result = poll(&set, 1, 2500);
 	CHECK(result == 0, "poll: %ld, %s", result, strerror(errno));
 	check_slept("poll", since, result);
 	return unused;
@@ -134,7 +134,7 @@ static void *in_write(void *unused)
 
 static void *in_futex_timeout(void *unused)
 {
-	struct timespec time = { 1, 200000000 };
+	struct timespec time = { 2, 500000000 };
 	double since = victim_now(CLOCK_MONOTONIC);
 	uint32_t other = 0;
 	long result;
