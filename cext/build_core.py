@@ -25,6 +25,7 @@ UNITS = (
     "gr_pages_out",
     "gr_pump",
     "gr_stage",
+    "gr_plugin",
 )
 # C units that Python does not see, such as the one that carries the agent.
 INTERNAL_UNITS = (
@@ -36,7 +37,13 @@ INTERNAL_UNITS = (
     "gr_inject",
     "gr_spawn",
     "gr_workers",
+    "gr_plugin_crash",
+    "gr_plugin_symbols",
 )
+# What C calls in Python.
+CALLBACKS = """
+extern "Python" void gr_plugin_log_python(int level, const char *plugin, const char *text);
+"""
 
 ROOT = Path(__file__).resolve().parent.parent
 CEXT = ROOT / "cext"
@@ -107,7 +114,7 @@ def _make_ffi() -> FFI:
         if shutil.which(tool) is None:
             raise SystemExit(f"building gpurestore needs {tool}: apt-get install gcc binutils libc6-dev")
     builder = FFI()
-    builder.cdef(declarations())
+    builder.cdef(declarations() + CALLBACKS)
     includes = "".join(f'#include "{unit}.h"\n' for unit in UNITS)
     builder.set_source(
         "gpurestore._core",

@@ -88,6 +88,14 @@ class TaskDiedError(GpurestoreError):
     """A task went away while it was worked on (killed from outside, out of memory)."""
 
 
+class CudaError(GpurestoreError):
+    """The NVIDIA driver is missing, too old, or refused a call; ``code`` is its CUresult, 0 where no call was made."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        self.code = code
+        super().__init__(message)
+
+
 class CancelledError(GpurestoreError):
     """The operation was interrupted (Ctrl-C, SIGTERM) and undone."""
 
@@ -98,3 +106,94 @@ class NeedsPersonError(GpurestoreError):
     """Undoing failed as well: the message says what is left and who must do what."""
 
     exit_code = 3
+
+
+class PluginError(GpurestoreError):
+    """Something about a device plugin; below it one class for each thing to mend."""
+
+
+class PluginLoadError(PluginError):
+    """A plugin could not be loaded. ``plugin`` is its name, or its file where the name is not known yet."""
+
+    def __init__(self, plugin: str, why: str) -> None:
+        self.plugin = plugin
+        self.why = why
+        super().__init__(f"plugin {plugin}: {why}")
+
+
+class PluginNotFoundError(PluginLoadError):
+    """The folder or file that was named is not there."""
+
+
+class PluginOpenError(PluginLoadError):
+    """The file is there, but the dynamic loader or the Python interpreter refuses it."""
+
+
+class PluginSymbolError(PluginOpenError):
+    """It needs a symbol that neither this host nor its libraries have: one from inside of CRIU, most often."""
+
+    def __init__(self, plugin: str, symbol: str) -> None:
+        self.symbol = symbol
+        super().__init__(
+            plugin,
+            f"it needs the symbol {symbol}, which this host does not offer; plugins that reach into CRIU beyond its "
+            "plugin interface run only there",
+        )
+
+
+class PluginEntryError(PluginLoadError):
+    """It was opened, but holds no usable plugin: no descriptor, no class, no name."""
+
+
+class PluginVersionError(PluginLoadError):
+    """It was made for a newer version of the interface."""
+
+
+class PluginHooksError(PluginLoadError):
+    """It has more hooks than its version of the interface knows."""
+
+
+class PluginFlagsError(PluginLoadError):
+    """It needs capabilities that this host does not offer."""
+
+
+class PluginRefusedError(PluginLoadError):
+    """It looked at the host's version and capabilities, and refused."""
+
+
+class PluginNameError(PluginLoadError):
+    """Another plugin has its name already."""
+
+
+class PluginInitError(PluginLoadError):
+    """Its init failed."""
+
+
+class PluginUnloadError(PluginLoadError):
+    """It stays in memory although it was unloaded, or a hook of it never came back."""
+
+
+class PluginOptionError(PluginError):
+    """A --plugin-option that is no option, or is for a plugin that is not there."""
+
+    exit_code = 2
+
+
+class PluginMissingError(PluginError):
+    """The images need plugins that are not there; nothing was created."""
+
+
+class HookError(PluginError):
+    """A hook of a plugin failed. ``pid`` is None for hooks that are about no task."""
+
+    def __init__(self, plugin: str, hook: str, pid: int | None, why: str) -> None:
+        self.plugin = plugin
+        self.hook = hook
+        self.pid = pid
+        self.why = why
+        about = "" if pid is None else f" of pid {pid}"
+        super().__init__(f"plugin {plugin}: {hook}{about} failed: {why}")
+
+
+class HookTimeoutError(HookError):
+    """A hook did not come back in the time that it was given."""

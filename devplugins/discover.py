@@ -1,0 +1,91 @@
+"""Where plugins are: a folder of shared objects and Python files, and the entry points of installed packages.
+
+Looking must cost next to nothing where there is none, so the metadata of packages is read here without importlib's
+machinery (tens of milliseconds), and nothing is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpurestore.errors import PluginNotFoundError, PluginOpenError
+
+GROUP = "gpurestore.devplugins"
+FOLDER_VARIABLE = "CRIU_LIBS_DIR"
+DEFAULT_FOLDER = Path("/usr/lib/criu")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plugin that may be loaded: a file, or an entry point's ``target``.
+
+    ``asked_for``: somebody named the folder. One that merely lies in CRIU's own folder and needs CRIU's inside is
+    passed over instead of ending the operation.
+    """
+
+    name: str
+    path: Path | None = None
+    target: str = ""
+    asked_for: bool = True
+
+
+def find(libdir: Path | None) -> list[Found]:
+    """All plugins, in the order in which they are loaded and asked: the folder's by file name, then the packages'."""
+    return [*_in_folder(libdir), *entry_points()]
+
+
+def _in_folder(libdir: Path | None) -> Iterator[Found]:
+    asked_for = True
+    if libdir is None:
+        variable = os.environ.get(FOLDER_VARIABLE)
+        libdir = Path(variable) if variable else DEFAULT_FOLDER
+        asked_for = bool(variable)
+    try:
+        names = sorted(os.listdir(libdir))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not asked_for:
+            return
+        raise PluginNotFoundError(str(libdir), "there is no such folder (-L, or CRIU_LIBS_DIR)") from error
+    except OSError as error:
+        raise PluginOpenError(str(libdir), f"the folder cannot be read: {error.strerror}") from error
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix == ".so" or (suffix == ".py" and not name.startswith(("_", "."))):
+            yield Found(stem, Path(os.path.abspath(libdir / name)), asked_for=asked_for)
+
+
+def entry_points() -> list[Found]:
+    """Entry points of :data:`GROUP` in the packages on sys.path, by name."""
+    found: dict[tuple[str, str], Found] = {}
+    for folder in dict.fromkeys(path or "." for path in sys.path):
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            continue
+        for name in names:
+            if name.endswith((".dist-info", ".egg-info")):
+                for point, target in _points(os.path.join(folder, name, "entry_points.txt")):
+                    found.setdefault((point, target), Found(point, target=target))
+    return [found[key] for key in sorted(found)]
+
+
+def _points(path: str) -> Iterator[tuple[str, str]]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError:
+        return
+    if GROUP.encode() not in data:
+        return
+    section = ""
+    for line in data.decode("utf-8", "replace").splitlines():
+        text = line.strip()
+        if text.startswith("[") and text.endswith("]"):
+            section = text[1:-1].strip()
+        elif section == GROUP and "=" in text and not text.startswith(("#", ";")):
+            name, _, target = text.partition("=")
+            yield name.strip(), target.split("[")[0].strip()

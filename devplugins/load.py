@@ -1,0 +1,205 @@
+"""Loading what was found, and saying of each plugin what it is or why it was not loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpurestore.devplugins.api import API_VERSION, HOST_CAPABILITIES, Capability, Declined
+from gpurestore.devplugins.discover import Found, find
+from gpurestore.devplugins.loaded import LoadedPlugin
+from gpurestore.errors import (
+    PluginError,
+    PluginLoadError,
+    PluginNameError,
+    PluginRefusedError,
+    PluginSymbolError,
+    PluginUnloadError,
+)
+
+log = logging.getLogger("gpurestore.plugin")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What became of everything that was found. ``idle``: name and reason of those that do not matter here."""
+
+    plugins: list[LoadedPlugin] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # all that are there, loaded or idle
+
+
+def has_c(found: Iterable[Found]) -> bool:
+    """Whether loading needs the host of C plugins."""
+    return any(item.path is not None and item.path.suffix == ".so" for item in found)
+
+
+def open_found(item: Found) -> list[LoadedPlugin]:
+    """Load one; nothing of it was called yet but its constructors. Raises Declined when it cannot matter here."""
+    if item.path is None:
+        from gpurestore.devplugins.pyplugin import load_entry_point
+
+        return [load_entry_point(item.name, item.target)]
+    if item.path.suffix == ".py":
+        from gpurestore.devplugins.pyplugin import load_file
+
+        return list(load_file(item.path))
+    from gpurestore.devplugins.cplugin import CPlugin
+
+    return [CPlugin(item.path)]
+
+
+def negotiate(plugin: LoadedPlugin, offered: Capability) -> None:
+    """Offer the host to the plugin. Raises a PluginLoadError that says who minds what."""
+    try:
+        plugin.negotiate(API_VERSION, offered)
+    except PluginError:
+        raise
+    except Exception as error:
+        raise PluginRefusedError(plugin.name, f"it refuses this host: {error or type(error).__name__}") from error
+
+
+def load_all(
+    found: Iterable[Found],
+    offered: Capability = HOST_CAPABILITIES,
+    needed: Collection[str] | None = None,
+) -> Loaded:
+    """Load, check names, negotiate. On the first failure what was loaded is unloaded, in reverse, and it is raised.
+
+    ``needed`` are the plugins that the images name, where they say: packages that are not among them stay unloaded.
+    """
+    loaded = Loaded()
+    try:
+        for item in found:
+            if item.path is None and needed is not None and item.name not in needed:
+                loaded.names.append(item.name)
+                loaded.idle[item.name] = "the images do not need it"
+                continue
+            _load_one(item, loaded, offered)
+    except BaseException:
+        unload_all(loaded.plugins)
+        raise
+    return loaded
+
+
+def _load_one(item: Found, loaded: Loaded, offered: Capability) -> None:
+    try:
+        plugins = open_found(item)
+    except Declined as reason:
+        loaded.names.append(item.name)
+        loaded.idle[item.name] = str(reason) or "it says that it cannot matter here"
+        log.debug("plugin %s is not needed here: %s", item.name, loaded.idle[item.name])
+        return
+    except PluginSymbolError as error:
+        if item.asked_for:
+            raise
+        loaded.idle[item.name] = error.why
+        log.warning("%s; passed over", error)
+        return
+    for plugin in plugins:
+        loaded.plugins.append(plugin)
+        if plugin.name in loaded.names:
+            raise PluginNameError(plugin.name, f"the name is taken twice, the second time by {plugin.where}")
+        loaded.names.append(plugin.name)
+        negotiate(plugin, offered)
+        log.debug("plugin %s: %s, version %s, %d hooks", plugin.name, plugin.kind, plugin.version, len(plugin.hooks))
+
+
+def unload_all(plugins: list[LoadedPlugin]) -> list[PluginUnloadError]:
+    """Unload in reverse; what refuses is logged and returned."""
+    errors = []
+    while plugins:
+        error = plugins.pop().unload()
+        if error is not None:
+            log.warning("%s", error)
+            errors.append(error)
+    return errors
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """A line of ``gpurestore plugins``. ``state`` is loaded, idle (cannot matter here) or failed; ``why`` says more."""
+
+    name: str
+    kind: str
+    where: str
+    version: str
+    hooks: tuple[str, ...]
+    stages: tuple[str, ...]
+    needs: tuple[str, ...]
+    state: str
+    why: str
+    error: str  # the class of the failure
+
+
+def survey(libdir: Path | None, offered: Capability = HOST_CAPABILITIES) -> list[PluginInfo]:
+    """Load everything that can be found, each for itself, say what it is, and unload it. No init is called."""
+    found = find(libdir)
+    if not has_c(found):
+        return _survey(found, offered)
+    from gpurestore.devplugins.cplugin import CHost
+
+    host = CHost()
+    host.begin()
+    try:
+        return _survey(found, offered)
+    finally:
+        host.end()
+
+
+def _survey(found: Iterable[Found], offered: Capability) -> list[PluginInfo]:
+    rows: list[PluginInfo] = []
+    plugins: list[LoadedPlugin] = []
+    for item in found:
+        try:
+            made = open_found(item)
+        except Declined as reason:
+            rows.append(_not_loaded(item, "idle", str(reason), ""))
+            continue
+        except PluginLoadError as error:
+            rows.append(_not_loaded(item, "failed", error.why, type(error).__name__))
+            continue
+        for plugin in made:
+            taken = any(plugin.name == other.name for other in plugins)
+            plugins.append(plugin)
+            rows.append(_describe(plugin, taken, lambda p: negotiate(p, offered)))
+    by_name = {error.plugin: error for error in unload_all(plugins)}
+    return [_with_unload(row, by_name.get(row.name)) for row in rows]
+
+
+def _not_loaded(item: Found, state: str, why: str, error: str) -> PluginInfo:
+    where = str(item.path) if item.path else f"entry point {item.name} = {item.target}"
+    kind = "C" if item.path is not None and item.path.suffix == ".so" else "Python"
+    return PluginInfo(item.name, kind, where, "", (), (), (), state, why, error)
+
+
+def _describe(plugin: LoadedPlugin, taken: bool, check: Callable[[LoadedPlugin], None]) -> PluginInfo:
+    state, why, kind = "loaded", "", ""
+    try:
+        if taken:
+            raise PluginNameError(plugin.name, "the name is taken twice")
+        check(plugin)
+    except PluginLoadError as error:
+        state, why, kind = "failed", error.why, type(error).__name__
+    return PluginInfo(
+        plugin.name,
+        plugin.kind,
+        plugin.where,
+        ".".join(map(str, plugin.version)),
+        tuple(hook.name for hook in sorted(plugin.hooks)),
+        tuple(stage.name for stage in sorted(plugin.stages)),
+        tuple(flag.name or hex(flag) for flag in plugin.needs),
+        state,
+        why,
+        kind,
+    )
+
+
+def _with_unload(row: PluginInfo, error: PluginUnloadError | None) -> PluginInfo:
+    if error is None or row.state == "failed":
+        return row
+    import dataclasses
+
+    return dataclasses.replace(row, why=error.why, error=type(error).__name__)
