@@ -77,9 +77,17 @@ __all__ = [
     "__version__",
     "dump",
     "dump_sync",
+    "include_dir",
     "restore",
     "restore_sync",
 ]
+
+
+def include_dir() -> str:
+    """The folder of ``gpurestore-plugin.h``, for compiling device plugins written in C."""
+    import os
+
+    return os.path.join(os.path.dirname(__file__), "include")
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The whole command line."""
     from gpurestore import __version__
-    from gpurestore.cli import check, demo, dump, inspect, restore, timeline
+    from gpurestore.cli import check, demo, dump, inspect, plugins, restore, timeline
 
     parser = Parser(
         prog="gpurestore",
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"gpurestore {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (dump, restore, inspect, timeline, check, demo):
+    for module in (dump, restore, inspect, timeline, plugins, check, demo):
         module.add_parser(commands)
     return parser
 

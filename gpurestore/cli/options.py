@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gpurestore.errors import UsageError
+
+if TYPE_CHECKING:
+    from gpurestore.pipeline.devices import PluginSettings
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -40,6 +43,42 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_libdir(parser: argparse.ArgumentParser) -> None:
+    """``--libdir``."""
+    parser.add_argument(
+        "-L",
+        "--libdir",
+        metavar="DIR",
+        type=Path,
+        help="folder with device plugins (default: $CRIU_LIBS_DIR, else /usr/lib/criu if it is there)",
+    )
+
+
+def add_plugin_options(parser: argparse.ArgumentParser) -> None:
+    """Options about device plugins."""
+    add_libdir(parser)
+    parser.add_argument(
+        "--plugin-option",
+        metavar="PLUGIN.NAME[=VALUE]",
+        action="append",
+        default=[],
+        help="an option for a device plugin; may be given several times",
+    )
+    parser.add_argument(
+        "--hook-timeout",
+        metavar="SECONDS",
+        type=seconds,
+        help="how long a plugin's hook may take (default: 60 for PAUSE_DEVICES, no limit for the others)",
+    )
+
+
+def plugin_settings(args: argparse.Namespace) -> PluginSettings:
+    """What :func:`add_plugin_options` was given."""
+    from gpurestore.pipeline.devices import PluginSettings
+
+    return PluginSettings(args.libdir, tuple(args.plugin_option), args.hook_timeout)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json``."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -53,6 +92,17 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """An argument that must be a time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
 
 
