@@ -12,7 +12,7 @@ help:
 	@echo 'make demo    dump, kill and restore a live training job, and compare it with an undisturbed run'
 	@echo 'make test    the whole test suite'
 	@echo 'make lint    ruff, mypy --strict, and the C core with warnings as errors'
-	@echo 'make bench   timings of dump and restore'
+	@echo 'make bench   timings of dump and restore, and of the overlap of memory and devices; OVERLAP_ARGS=--full for all'
 	@echo 'make build   rebuild the C core in place'
 	@echo 'make proto   regenerate the protobuf modules'
 	@echo 'make wheel   a wheel and a source archive in dist/'
@@ -43,6 +43,8 @@ lint: build
 
 bench: build
 	$(PY) perf/restore_memory.py $(BENCH_ARGS)
+	@echo
+	$(PY) perf/overlap.py $(OVERLAP_ARGS)
 
 proto: $(STAMP)
 	$(PY) gpurestore/images/proto/generate.py

@@ -95,18 +95,22 @@ def machine() -> dict[str, str | int]:
     }
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
 def report(title: str, series: Sequence[Series], notes: Sequence[str], json_file: Path | None) -> None:
     """Print a Markdown table, and write every sample to ``json_file``."""
     facts = machine()
     print(f"## {title}\n")
     print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
     header = ["what", *series[0].dimensions, "median s", "min to max s", "GB/s", "runs"]
-    rows = [header, *(entry.row() for entry in series)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for number, row in enumerate(rows):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print("\n".join(markdown_table([header, *(entry.row() for entry in series)])))
     for note in notes:
         print(f"\n{note}")
     if json_file is not None:
