@@ -6,6 +6,7 @@ tree can go on as if nothing had happened: whatever fails, it does.
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import time
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from gpurestore import core, faults
+from gpurestore.devplugins.host import result_of
 from gpurestore.errors import (
     CancelledError,
     Finding,
@@ -31,18 +33,23 @@ from gpurestore.errors import (
 )
 from gpurestore.images import pb
 from gpurestore.images.inventory import build_inventory
+from gpurestore.images.manifest import PluginRecord
 from gpurestore.images.writer import ImageWriter
 from gpurestore.pipeline.blocking import Blocking, blocking_calls
+from gpurestore.pipeline.collect import Collected, collect, write_state
 from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
+from gpurestore.pipeline.devices import Devices, PluginSettings
 from gpurestore.pipeline.trace import Trace, summarize
-from gpurestore.tasks import cores, cpu, fs, ids, memory, mm, procfs, pstree, shmem
+from gpurestore.tasks import ids, memory, procfs, shmem
 from gpurestore.tasks.descriptors import FileTable
-from gpurestore.tasks.frozen import FrozenTree
+from gpurestore.tasks.frozen import FrozenTree, tree_of
 
 if TYPE_CHECKING:
     from gpurestore.pipeline.progress import Progress
 
 log = logging.getLogger("gpurestore.dump")
+
+_FREEZE_ATTEMPTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +67,6 @@ class DumpResult:
     critical_path: tuple[CriticalStage, ...]
 
 
-@dataclass(slots=True)
-class _Collected:
-    """Everything about a frozen tree but the content of its memory and files."""
-
-    entries: list[pb.pstree_entry]
-    cores: dict[int, dict[int, pb.core_entry]]  # by pid, then by thread id
-    facts: dict[str, Any]
-    ids: dict[int, pb.task_kobj_ids_entry]
-    mms: dict[int, pb.mm_entry]
-    mm_facts: dict[str, Any]
-    fs: dict[int, pb.fs_entry]
-    fdinfos: dict[int, list[pb.fdinfo_entry]]
-
-
 async def dump(
     pid: int,
     images_dir: Path,
@@ -82,6 +75,7 @@ async def dump(
     leave_stopped: bool = False,
     shell_job: bool = False,
     jobs: int | None = None,
+    plugins: PluginSettings | None = None,
     trace: Path | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
@@ -91,7 +85,8 @@ async def dump(
     """
     _check_request(pid)
     spans = Trace(progress)
-    operation = _Dump(pid, spans, jobs or memory.default_jobs(), shell_job)
+    after = _After.RUN if leave_running else _After.STOP if leave_stopped else _After.KILL
+    operation = _Dump(pid, spans, jobs or memory.default_jobs(), shell_job, after)
     try:
         async with AsyncExitStack() as stack:
             if progress is not None:
@@ -99,7 +94,7 @@ async def dump(
                 stack.callback(nursery.cancel_scope.cancel)
                 nursery.start_soon(progress.run)
             blocking = await stack.enter_async_context(blocking_calls())
-            return await operation.run(blocking, images_dir, leave_running, leave_stopped)
+            return await operation.run(blocking, images_dir, plugins or PluginSettings())
     finally:
         if trace is not None:
             spans.write(trace)
@@ -128,11 +123,19 @@ def _check_request(pid: int) -> None:
         own = procfs.stat(own).ppid
 
 
+class _After(enum.Enum):
+    """What becomes of the tree."""
+
+    KILL = enum.auto()
+    RUN = enum.auto()
+    STOP = enum.auto()
+
+
 class _Dump:
     """One dump under way."""
 
-    def __init__(self, pid: int, spans: Trace, jobs: int, shell_job: bool) -> None:
-        self._pid, self._spans, self._jobs, self._shell_job = pid, spans, jobs, shell_job
+    def __init__(self, pid: int, spans: Trace, jobs: int, shell_job: bool, after: _After) -> None:
+        self._pid, self._spans, self._jobs, self._shell_job, self._after = pid, spans, jobs, shell_job, after
         self._findings: list[Finding] = []
         self._pages_ids = count(1)
         self._memory_bytes = 0
@@ -140,24 +143,22 @@ class _Dump:
         self._frozen_at = 0.0
         self._frozen_s = 0.0
 
-    async def run(self, blocking: Blocking, images_dir: Path, leave_running: bool, leave_stopped: bool) -> DumpResult:
+    async def run(self, blocking: Blocking, images_dir: Path, plugins: PluginSettings) -> DumpResult:
         begin = time.monotonic()
         faults.point("dump.start")
         with core.Tracer() as tracer, ImageWriter(images_dir) as writer:
-            tree = FrozenTree(tracer, self._pid, self._findings)
-            try:
-                await self._freeze(blocking, tree)
-                table = FileTable(self._findings)
-                try:
-                    collected = await self._collect(blocking, tree, table)
-                    await self._write(blocking, tree, table, collected, writer)
-                finally:
-                    table.close()
-                image_bytes = await self._finish(blocking, tree, writer, leave_running, leave_stopped)
-            except BaseException as error:
-                with trio.CancelScope(shield=True):
-                    await self._give_back(blocking, tree, error)
-                raise
+            writer.root_pid = self._pid
+            devices = Devices.for_dump(
+                plugins,
+                self._spans,
+                blocking,
+                tracer,
+                writer,
+                tree_goes_on=self._after is not _After.KILL,
+                jobs=self._jobs,
+            )
+            async with devices.session():
+                image_bytes = await self._dump(blocking, tracer, writer, devices)
         path = critical_stages(self._spans.spans)
         log.info("critical path: %s", describe(path))
         return DumpResult(
@@ -172,23 +173,51 @@ class _Dump:
             critical_path=path,
         )
 
-    async def _freeze(self, blocking: Blocking, tree: FrozenTree) -> None:
-        async with self._spans.span("freeze"):
-            self._frozen_at = time.monotonic()
+    async def _dump(self, blocking: Blocking, tracer: core.Tracer, writer: ImageWriter, devices: Devices) -> int:
+        tree = FrozenTree(tracer, self._pid, self._findings)
+        try:
+            await self._freeze(blocking, tree, devices)
+            table = FileTable(self._findings, claims=devices)
+            try:
+                collected = await self._collect(blocking, tree, table)
+                await self._write(blocking, tree, table, collected, writer)
+            finally:
+                table.close()
+            await self._finish_images(blocking, writer, devices)
+            return await self._settle(blocking, tree, writer, devices)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await self._give_back(blocking, tree, devices, error)
+            raise
 
-            def should_stop() -> None:
-                if blocking.cancel.is_set:
-                    raise CancelledError("cancelled while the tree was being stopped")
-
-            await blocking.run(tree.freeze, should_stop)
-            await blocking.run(tree.describe)
-            self._pids = tuple(tree.tasks)
-        log.info("frozen: %d tasks, %d threads", len(tree.tasks), sum(len(task.threads) for task in tree))
+    async def _freeze(self, blocking: Blocking, tree: FrozenTree, devices: Devices) -> None:
+        """Pause the devices of all tasks while they run, then freeze; a task that came in between means once more."""
+        paused: set[int] = set()
+        for _ in range(_FREEZE_ATTEMPTS):
+            running = [pid for pid in await blocking.run(tree_of, self._pid) if pid not in paused]
+            async with self._spans.span("pause devices"):
+                await devices.pause(running)
+            paused.update(running)
+            faults.point("dump.paused")
+            async with self._spans.span("freeze"):
+                self._frozen_at = time.monotonic()
+                await blocking.run(tree.freeze, partial(_stop_if, blocking.cancel))
+            if not devices.wants_pauses() or paused.issuperset(tree.tasks):
+                break
+            await blocking.run(tree.thaw)
+        else:
+            raise GpurestoreError(f"the tree of pid {self._pid} makes tasks faster than their devices can be paused")
+        log.info("frozen: %d tasks", len(tree.tasks))
         faults.point("dump.frozen")
+        async with self._spans.span("checkpoint devices"):
+            await devices.checkpoint([task.pid for task in tree.living])
+        faults.point("dump.checkpointed")
+        await blocking.run(tree.describe)
+        self._pids = tuple(tree.tasks)
 
-    async def _collect(self, blocking: Blocking, tree: FrozenTree, table: FileTable) -> _Collected:
+    async def _collect(self, blocking: Blocking, tree: FrozenTree, table: FileTable) -> Collected:
         async with self._spans.span("collect"):
-            collected = await blocking.run(self._collect_all, tree, table)
+            collected = await blocking.run(collect, tree, table, self._shell_job)
         faults.point("dump.collected")
         if self._findings:
             raise UnsupportedResourceError(
@@ -196,27 +225,8 @@ class _Dump:
             )
         return collected
 
-    def _collect_all(self, tree: FrozenTree, table: FileTable) -> _Collected:
-        collected = _Collected(pstree.collect(tree, self._shell_job), {}, {}, {}, {}, {}, {}, {})
-        collected.ids = ids.collect(tree.living, self._findings)
-        if ids.memory_is_shared(self._findings):
-            return collected
-        for task in tree:
-            collected.cores[task.pid], facts = cores.collect(task, self._findings)
-            if task.zombie:
-                continue
-            collected.facts[str(task.pid)] = facts
-            collected.mms[task.pid] = mm.collect(task, table, self._findings)
-            if mm_facts := mm.collect_extension(task):
-                collected.mm_facts[str(task.pid)] = mm_facts
-            collected.fs[task.pid] = fs.collect(task, table)
-            collected.fdinfos[task.pid] = table.add_descriptors(task)
-        table.finish()
-        self._findings += shmem.check_outsiders(shmem.objects(collected.mms), tree.tasks)
-        return collected
-
     async def _write(
-        self, blocking: Blocking, tree: FrozenTree, table: FileTable, collected: _Collected, writer: ImageWriter
+        self, blocking: Blocking, tree: FrozenTree, table: FileTable, collected: Collected, writer: ImageWriter
     ) -> None:
         faults.point("dump.write")
         objects = shmem.objects(collected.mms)
@@ -231,22 +241,9 @@ class _Dump:
             await blocking.run(table.write, writer, partial(self._save_object, writer, blocking.cancel))
         faults.point("dump.written")
 
-    def _write_state(self, collected: _Collected, writer: ImageWriter) -> None:
+    def _write_state(self, collected: Collected, writer: ImageWriter) -> None:
         with self._spans.span("state"):
-            writer.write("inventory", [build_inventory(ids.root_ids(), dump_uptime=time.monotonic_ns() // 1000)])
-            writer.write("pstree", collected.entries)
-            for threads in collected.cores.values():
-                for tid, entry in threads.items():
-                    writer.write("core", [entry], tid)
-            for pid, own_ids in collected.ids.items():
-                writer.write("ids", [own_ids], pid)
-                writer.write("mm", [collected.mms[pid]], pid)
-                writer.write("fs", [collected.fs[pid]], pid)
-                writer.write("fdinfo", collected.fdinfos[pid], own_ids.files_id)
-            writer.root_pid = self._pid
-            writer.cpu = cpu.record()
-            writer.extension["tasks"] = collected.facts
-            writer.extension["mm"] = collected.mm_facts
+            write_state(collected, writer)
 
     def _write_memory(self, writer: ImageWriter, pid: int, entry: pb.mm_entry, cancel: core.Cancel) -> None:
         done = memory.Progress()
@@ -267,18 +264,28 @@ class _Dump:
         stored = memory.save_object(writer, shmid, fd, size, next(self._pages_ids), jobs=self._jobs, cancel=cancel)
         self._memory_bytes += stored
 
-    async def _finish(
-        self, blocking: Blocking, tree: FrozenTree, writer: ImageWriter, leave_running: bool, leave_stopped: bool
-    ) -> int:
+    async def _finish_images(self, blocking: Blocking, writer: ImageWriter, devices: Devices) -> None:
+        """What the plugins add in the end, and the inventory, which names them."""
+        async with self._spans.span("devices late"):
+            await devices.dump_late(self._pid)
+        await blocking.run(writer.adopt_all)
+        writer.write("inventory", [build_inventory(ids.root_ids(), devices.inventory_names, dump_uptime=_uptime_us())])
+        writer.plugins += [PluginRecord(record.name, record.version) for record in devices.used]
+        faults.point("dump.late")
+
+    async def _settle(self, blocking: Blocking, tree: FrozenTree, writer: ImageWriter, devices: Devices) -> int:
         """Put the images in place and decide about the tree: nothing may fail once it is killed."""
-        if leave_running:
+        if self._after is _After.RUN:
+            await devices.dump_finish(0)
             await self._thaw(blocking, tree, stop=False)
         async with self._spans.span("commit"):
             manifest = await blocking.run(partial(writer.commit, self._jobs, lambda: blocking.cancel.is_set))
         faults.point("dump.committed")
-        if leave_stopped:
+        if self._after is not _After.RUN:
+            await devices.dump_finish(0)
+        if self._after is _After.STOP:
             await self._thaw(blocking, tree, stop=True)
-        elif not leave_running:
+        elif self._after is _After.KILL:
             with trio.CancelScope(shield=True):
                 async with self._spans.span("kill"):
                     await blocking.run(tree.kill)
@@ -291,12 +298,25 @@ class _Dump:
                 await blocking.run(partial(tree.thaw, stop=stop))
         self._frozen_s = time.monotonic() - self._frozen_at
 
-    async def _give_back(self, blocking: Blocking, tree: FrozenTree, error: BaseException) -> None:
-        """Let the tree go on after a failure. Closing the tracer would do as well, but could not complain."""
-        try:
-            await blocking.run(tree.thaw)
-        except GpurestoreError as failure:
+    async def _give_back(self, blocking: Blocking, tree: FrozenTree, devices: Devices, error: BaseException) -> None:
+        """Let the tree go on after a failure, with its devices."""
+        failures: list[BaseException] = []
+        for step in (partial(devices.dump_finish, result_of(error)), partial(blocking.run, tree.thaw)):
+            try:
+                await step()
+            except* GpurestoreError as group:
+                failures += group.exceptions
+        if failures:
             raise NeedsPersonError(
-                f"the dump failed ({error}), and then tasks of the tree of pid {self._pid} could not be let go on "
-                f"({failure}): look at them with ps, and end or continue them by hand"
+                f"the dump failed ({error}), and then tasks of the tree of pid {self._pid} could not be let go on as "
+                f"they were ({'; '.join(map(str, failures))}): look at them with ps, and end or continue them by hand"
             ) from error
+
+
+def _stop_if(cancel: core.Cancel) -> None:
+    if cancel.is_set:
+        raise CancelledError("cancelled while the tree was being stopped")
+
+
+def _uptime_us() -> int:
+    return time.monotonic_ns() // 1000

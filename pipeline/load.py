@@ -12,6 +12,7 @@ from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.inventory import check_inventory
 from gpurestore.tasks import cores, cpu, memory, mm, pstree, shmem, vdso
+from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
 from gpurestore.tasks.facts import load as load_facts
 from gpurestore.tasks.memory import PagePlan
@@ -71,15 +72,18 @@ class LoadedTree:
         )
 
 
-def load(folder: ImageFolder) -> LoadedTree:
-    """Read every image of a tree. Raises ImageError when one is missing, damaged, or contradicts another."""
+def plugins_of(folder: ImageFolder) -> tuple[str, ...]:
+    """The device plugins that the dump used. Also the place where images of another version are refused."""
     inventory = folder.read_one("inventory")
     check_inventory(inventory)
-    plugins = list(inventory.plugins_entry.plugins)
-    if plugins:
-        raise ImageError(
-            f"{folder.path}: the dump used device plugins ({', '.join(plugins)}), which this version does not load"
-        )
+    return tuple(inventory.plugins_entry.plugins)
+
+
+def load(folder: ImageFolder, openers: Openers | None = None) -> LoadedTree:
+    """Read every image of a tree. Raises ImageError when one is missing, damaged, or contradicts another.
+
+    ``openers`` gives back the files that device plugins claimed.
+    """
     entries = pstree.checked(folder.read("pstree"))
     extension = folder.manifest.extension if folder.manifest is not None else {}
     facts = load_facts(extension)
@@ -91,7 +95,16 @@ def load(folder: ImageFolder) -> LoadedTree:
             own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
             tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own)
     objects = shmem.objects({pid: task.mm for pid, task in tasks.items()})
-    return LoadedTree(folder, entries, leaders, tasks, objects, shmem.plan(folder, objects), StagedFiles(folder), facts)
+    return LoadedTree(
+        folder,
+        entries,
+        leaders,
+        tasks,
+        objects,
+        shmem.plan(folder, objects),
+        StagedFiles(folder, openers=openers),
+        facts,
+    )
 
 
 def _mapping(value: object, name: str) -> Mapping[str, Any]:

@@ -108,7 +108,13 @@ def _plan_task(plan: RestorePlan, tree: LoadedTree, task: LoadedTask, own: vdso.
             *plan_descriptors(files.entries_of(pid), files.fd_of, files.keep_from),
             *fs.plan(task.fs, files.fd_of, files.is_our_root),
         ],
-        mappings=mm.plan_mappings(task.mm, files.fd_of_mapping, plan.staging.__getitem__, task.pages.filled),
+        mappings=mm.plan_mappings(
+            task.mm,
+            files.fd_of_mapping,
+            plan.staging.__getitem__,
+            task.pages.filled,
+            files.redirects_of(pid),
+        ),
         finish=mm.plan_finish(task.mm, task.pages.filled, task.mm_facts),
         late=[*plan_close_staged(files.keep_from), *files.plan_late(pid), *process.late],
         threads={

@@ -135,6 +135,11 @@ class ImageWriter:
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             self._fds[name] = os.open(name, flags, dir_fd=self._dir_fd)
 
+    def adopt_all(self) -> None:
+        """Register every file that somebody else made in the folder."""
+        for name in os.listdir(self._dir_fd):
+            self.adopt(name)
+
     def check_space(self, wanted_bytes: int) -> None:
         """Raise GpurestoreError when the file system cannot take that many bytes more."""
         free = _free_bytes(self._dir_fd)

@@ -97,6 +97,15 @@ class FrozenTask:
             self.pidfd = -1
 
 
+def tree_of(root: int) -> list[int]:
+    """The pids of a running tree as it is just now, parents first."""
+    pids = [root]
+    for pid in pids:
+        with suppress(NoSuchTaskError):
+            pids += procfs.children(pid)
+    return pids
+
+
 class FrozenTree:
     """All tasks below a root, frozen; parents come before their children."""
 

@@ -1,0 +1,227 @@
+"""The device plugins of one operation, as the pipelines see them: moments instead of hooks.
+
+Every moment ends in a hook of the plugins (devplugins/api.py). Without plugins all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from gpurestore import core
+from gpurestore.devplugins.api import Hook, HookContext, RetryLater, Stage, VmaUpdate
+from gpurestore.devplugins.host import PluginHost, UsedPlugin, result_of
+from gpurestore.errors import GpurestoreError
+from gpurestore.images.folder import ImageFolder
+from gpurestore.images.writer import ImageWriter
+from gpurestore.pipeline.blocking import Blocking
+from gpurestore.pipeline.trace import Trace
+from gpurestore.tasks.external import Claim, Redirect, RetryFile
+
+
+@dataclass(frozen=True, slots=True)
+class PluginSettings:
+    """What the user says about plugins: a folder of them, PLUGIN.NAME[=VALUE] options, a limit for every hook."""
+
+    libdir: Path | None = None
+    options: Sequence[str] = ()
+    hook_timeout_s: float | None = None
+
+
+class Devices:
+    """The plugins of a dump or a restore, loaded for its duration by :meth:`session`."""
+
+    def __init__(self, settings: PluginSettings, spans: Trace, context: HookContext) -> None:
+        self._host = PluginHost(settings.libdir, settings.options, settings.hook_timeout_s)
+        self._spans, self._context = spans, context
+        self._ready: dict[int, trio.Event] = {}
+        self._turn: trio.CapacityLimiter | None = None
+
+    def take_turns(self, turn: trio.CapacityLimiter) -> None:
+        """Every hook of a restore waits for ``turn`` before it runs."""
+        self._turn = turn
+
+    async def _run_in_turn(self, plugin: Any, hook: Hook, *args: object) -> None:
+        if self._turn is None:
+            await self._host.run_one(plugin, hook, *args)
+            return
+        async with self._turn:
+            await self._host.run_one(plugin, hook, *args)
+
+    @classmethod
+    def for_dump(
+        cls,
+        settings: PluginSettings,
+        spans: Trace,
+        blocking: Blocking,
+        tracer: core.Tracer,
+        writer: ImageWriter,
+        *,
+        tree_goes_on: bool,
+        jobs: int,
+    ) -> Devices:
+        """Plugins that write their images beside ours."""
+
+        @asynccontextmanager
+        async def running_thread(_pid: int, tid: int) -> AsyncIterator[None]:
+            await blocking.run(tracer.let_run, tid)
+            try:
+                yield
+            finally:
+                with trio.CancelScope(shield=True):
+                    await blocking.run(tracer.hold, tid)
+
+        context = HookContext(
+            stage=Stage.DUMP,
+            images_dir=writer.path,
+            images_dir_fd=writer.dir_fd,
+            open_image=writer.open_raw,
+            running_thread=running_thread,
+            span=spans.span,
+            is_cancelled=lambda: blocking.cancel.is_set,
+            tree_goes_on=tree_goes_on,
+            jobs=jobs,
+        )
+        return cls(settings, spans, context)
+
+    @classmethod
+    def for_restore(
+        cls, settings: PluginSettings, spans: Trace, blocking: Blocking, folder: ImageFolder, *, jobs: int
+    ) -> Devices:
+        """Plugins that read what they wrote at the dump."""
+        context = HookContext(
+            stage=Stage.RESTORE,
+            images_dir=folder.path,
+            images_dir_fd=folder.dir_fd,
+            open_image=folder.open_raw,
+            span=spans.span,
+            is_cancelled=lambda: blocking.cancel.is_set,
+            jobs=jobs,
+        )
+        return cls(settings, spans, context)
+
+    @asynccontextmanager
+    async def session(self, needed: Sequence[str] = ()) -> AsyncIterator[Devices]:
+        """Load and initialise; whatever happens inside, every plugin's exit gets the true result.
+
+        ``needed`` are the plugins that the images name: one that is not there is an error.
+        """
+        async with self._spans.span("plugins"):
+            await self._host.start(self._context, needed)
+        result = -errno.EIO
+        try:
+            yield self
+            result = 0
+        except BaseException as error:
+            result = result_of(error)
+            raise
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._host.stop(result)
+
+    @property
+    def inventory_names(self) -> list[str]:
+        """Names of the plugins that the images depend on."""
+        return self._host.inventory_names
+
+    @property
+    def used(self) -> list[UsedPlugin]:
+        """The same with versions, for the manifest."""
+        return self._host.used
+
+    async def _for_each(self, hook: Hook, pids: Iterable[int]) -> None:
+        if not self._host.plugins_with(hook):
+            return
+        async with trio.open_nursery() as nursery:
+            for pid in pids:
+                nursery.start_soon(self._host.run_all, hook, pid)
+
+    # ---- dump
+
+    async def pause(self, pids: Iterable[int]) -> None:
+        """Tasks that still run stop giving work to their devices."""
+        await self._for_each(Hook.PAUSE_DEVICES, pids)
+
+    async def checkpoint(self, pids: Iterable[int]) -> None:
+        """The tree is frozen, its memory not read yet."""
+        await self._for_each(Hook.CHECKPOINT_DEVICES, pids)
+
+    async def dump_late(self, root_pid: int) -> None:
+        """Everything is written, the tree still frozen."""
+        await self._host.run_all(Hook.DUMP_DEVICES_LATE, root_pid)
+
+    async def dump_finish(self, result: int) -> None:
+        """Before the tree goes on or dies."""
+        await self._host.run_all(Hook.DUMP_FINISH, result)
+
+    def claim_file(self, fd: int, ident: int, *, is_unix_socket: bool) -> Claim | None:
+        """tasks.external.Claims; called in worker threads."""
+        if is_unix_socket and self._host.claim_sync(Hook.DUMP_UNIX_SK, fd, ident) is not None:
+            return Claim.UNIX_SOCKET
+        return Claim.FILE if self._host.claim_sync(Hook.DUMP_EXT_FILE, fd, ident) is not None else None
+
+    def claim_mapping(self, fd: int, found: os.stat_result) -> bool:
+        """tasks.external.Claims."""
+        return self._host.claim_sync(Hook.HANDLE_DEVICE_VMA, fd, found) is not None
+
+    def wants_pauses(self) -> bool:
+        """Whether a task must not be frozen without a call of :meth:`pause`."""
+        return bool(self._host.plugins_with(Hook.PAUSE_DEVICES))
+
+    # ---- restore
+
+    async def restore_init(self) -> None:
+        """All plugins are loaded, nothing was created."""
+        await self._host.run_all(Hook.RESTORE_INIT)
+
+    def open_file(self, ident: int, claim: Claim) -> int:
+        """tasks.external.Openers; called in a worker thread."""
+        hook = Hook.RESTORE_UNIX_SK if claim is Claim.UNIX_SOCKET else Hook.RESTORE_EXT_FILE
+        try:
+            answer = self._host.claim_sync(hook, ident)
+        except RetryLater as later:
+            raise RetryFile from later
+        if answer is None:
+            raise GpurestoreError(f"file {ident} was claimed by a device plugin at dump, and none gives it back")
+        return int(answer.value)
+
+    def redirect_mapping(self, path: str, address: int, pgoff: int) -> Redirect | None:
+        """tasks.external.Openers."""
+        answer = self._host.claim_sync(Hook.UPDATE_VMA_MAP, path, address, pgoff)
+        if answer is None or answer.value is None:
+            return None
+        update: VmaUpdate = answer.value
+        return Redirect(update.pgoff, update.fd)
+
+    def post_forking_plugins(self) -> Sequence[Any]:
+        """The plugins that have work beside the filling of tasks. Each must go through :meth:`post_forking`."""
+        plugins = self._host.plugins_with(Hook.POST_FORKING)
+        self._ready = {id(plugin): trio.Event() for plugin in plugins}
+        return plugins
+
+    async def post_forking(self, plugin: Any) -> None:
+        """Runs while tasks are filled; when it is done, tasks may get their devices back from this plugin."""
+        await self._run_in_turn(plugin, Hook.POST_FORKING)
+        self._ready[id(plugin)].set()
+
+    async def resume_late(self, pid: int) -> None:
+        """A task sits stopped at its last instruction, memory whole: each plugin gives it its devices as soon as the
+        plugin's own POST_FORKING is done."""
+        plugins = self._host.plugins_with(Hook.RESUME_DEVICES_LATE)
+        if not plugins:
+            return
+        async with trio.open_nursery() as nursery:
+            for plugin in plugins:
+                nursery.start_soon(self._resume_one, plugin, pid)
+
+    async def _resume_one(self, plugin: Any, pid: int) -> None:
+        if ready := self._ready.get(id(plugin)):
+            await ready.wait()
+        await self._run_in_turn(plugin, Hook.RESUME_DEVICES_LATE, pid)
