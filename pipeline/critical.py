@@ -1,15 +1,16 @@
 """The critical path: the chain of stages that determined when an operation ended.
 
 It is found backwards from the stage that ended last: what made a stage begin is, of those that it needed, the one that
-ended last. Where nothing says what a stage needed, it is the stage before it on its track, or for a stage of the main
-track, which waits for everybody, the one before it anywhere. A stage that began later still than all it needed had to
-wait for its turn (a worker, ``--serial``); then it is whatever ended in between.
+ended last. Where nothing says what a stage needed, it is the stage before it on its track (for a hook called for one
+task: also on that task's), or for a stage of the main track, which waits for everybody, the one before it anywhere. A
+stage that began later still than all it needed had to wait for its turn (a worker, ``--serial``); then it is whatever
+ended in between.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gpurestore.pipeline.trace import MAIN_TRACK, Span, format_bytes, format_seconds
@@ -21,7 +22,10 @@ _NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class CriticalStage:
-    """One link of the chain. ``waited_s`` is the time before it in which no stage of the chain ran."""
+    """One link of the chain. ``waited_s`` is the time before it in which no stage of the chain ran.
+
+    ``pid`` is the task that a plugin's hook was called for.
+    """
 
     name: str
     track: str
@@ -29,6 +33,7 @@ class CriticalStage:
     seconds: float
     waited_s: float
     nr_bytes: int
+    pid: int | None = None
 
 
 def critical_path(spans: Iterable[Span]) -> list[Span]:
@@ -49,7 +54,9 @@ def critical_stages(spans: Iterable[Span]) -> tuple[CriticalStage, ...]:
     reached = 0
     for span in critical_path(spans):
         waited_s = max(0, span.start_ns - reached) / _NS
-        stages.append(CriticalStage(span.name, span.track, span.start_ns / _NS, span.seconds, waited_s, span.nr_bytes))
+        start_s, pid = span.start_ns / _NS, span.args.get("pid")
+        task = pid if isinstance(pid, int) else None
+        stages.append(CriticalStage(span.name, span.track, start_s, span.seconds, waited_s, span.nr_bytes, task))
         reached = span.end_ns or span.start_ns
     return tuple(stages)
 
@@ -65,6 +72,7 @@ def describe(stages: Sequence[CriticalStage], shown_s: float = 0.0) -> str:
 
 def _words(stage: CriticalStage) -> str:
     where = "" if stage.track == MAIN_TRACK else f" of {stage.track}"
+    where += f" for task {stage.pid}" if stage.pid is not None else ""
     text = f"{stage.name}{where} {format_seconds(stage.seconds)}"
     if stage.nr_bytes and stage.seconds > 0:
         text += f" ({format_bytes(stage.nr_bytes)}, {stage.nr_bytes / stage.seconds / 1e9:.2f} GB/s)"
@@ -95,12 +103,15 @@ class _Chain:
         """Without explicit needs: the one before on the track, or a later stage of the main one."""
         if span.track == MAIN_TRACK:
             return self._latest_before(span)
-        return self._latest_before(span, {span.track, MAIN_TRACK})
+        pid = span.args.get("pid")
+        tracks = {MAIN_TRACK, span.track, f"task {pid}"}
+        # What a plugin does for one task waits for that task and for what it does for all, not for the other tasks.
+        return self._latest_before(span, lambda s: s.track in tracks and (pid is None or s.args.get("pid", pid) == pid))
 
-    def _latest_before(self, span: Span, tracks: set[str] | None = None) -> Span | None:
+    def _latest_before(self, span: Span, fits: Callable[[Span], bool] = lambda _: True) -> Span | None:
         for index in range(bisect_right(self._ends, span.start_ns) - 1, -1, -1):
             found = self._ended[index]
-            if _is_before(found, span) and (tracks is None or found.track in tracks):
+            if _is_before(found, span) and fits(found):
                 return found
         return None
 

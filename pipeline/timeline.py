@@ -395,7 +395,9 @@ def _labels(bars: Sequence[_Bar], scale: _Scale) -> list[Shape]:
 def _place_label(bar: _Bar, others: Sequence[_Bar | _Label], scale: _Scale) -> _Label | None:
     """A label in the bar, else right of it, else left of it, as far as ``others`` leave room."""
     facts = _facts(bar.span)
-    texts = [" ".join([bar.span.name, ", ".join(facts)]), " ".join([bar.span.name, *facts[-1:]]), bar.span.name]
+    name, pid = bar.span.name, bar.span.args.get("pid")
+    named = name if pid is None else f"{name} for {pid}"
+    texts = [" ".join([named, ", ".join(facts)]).rstrip(), " ".join([named, *facts[-1:]]), named, name]
     end = bar.x + bar.width
     # Bars are at least a dot wide, so neighbours may reach in at both ends.
     center = bar.x + bar.width / 2

@@ -32,9 +32,8 @@ WORKER_TRACK = " worker "  # between the track of the task and the worker's numb
 # Kinds of stages, as the pictures colour them.
 MEMORY, DEVICE, STATE, CONTROL = KINDS = ("memory", "device", "state", "control")
 _MEMORY_STAGES = frozenset({"memory", "shared memory", "pump"})
-_CONTROL_STAGES = frozenset(
-    {"load", "verify", "check", "plan", "freeze", "thaw", "commit", "kill", "park", "release", "plugins"}
-)
+_DEVICE_STAGES = frozenset({"plugins", "pause devices", "checkpoint devices", "devices late"})
+_CONTROL_STAGES = frozenset({"load", "verify", "check", "plan", "freeze", "thaw", "commit", "kill", "park", "release"})
 _NS = 1_000_000_000
 
 
@@ -64,7 +63,7 @@ class Span:
     @property
     def kind(self) -> str:
         """One of KINDS. Device hooks are named as their plugins' authors know them, in capitals."""
-        if self.track.startswith(PLUGIN_TRACK) or self.name.isupper():
+        if self.track.startswith(PLUGIN_TRACK) or self.name.isupper() or self.name in _DEVICE_STAGES:
             return DEVICE
         if self.name in _MEMORY_STAGES:
             return MEMORY

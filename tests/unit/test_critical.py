@@ -65,6 +65,21 @@ def test_a_stage_that_waited_for_its_turn_follows_whoever_had_it() -> None:
     assert names(spans) == ["fork", "memory task 1", "memory task 2"]
 
 
+def test_a_hook_for_one_task_follows_that_task_or_what_the_plugin_did_for_all() -> None:
+    spans = [
+        span("fork", 0, 10),
+        span("POST_FORKING", 10, 20, "plugin p"),
+        span("park", 10, 50, "task 1"),
+        span("park", 10, 50.9, "task 2"),
+        span("RESUME_DEVICES_LATE", 50.3, 50.8, "plugin p", pid=2),
+        span("RESUME_DEVICES_LATE", 50.9, 90, "plugin p", pid=1),
+    ]
+    assert names(spans) == ["fork", "park task 1", "RESUME_DEVICES_LATE plugin p"]
+    assert describe(critical_stages(spans)).endswith("RESUME_DEVICES_LATE of plugin p for task 1 39.1 ms")
+    spans[1].end_ns = 50 * MS + MS // 2
+    assert names(spans) == ["fork", "POST_FORKING plugin p", "RESUME_DEVICES_LATE plugin p"]
+
+
 def test_what_workers_did_counts_as_their_stage() -> None:
     memory = span("memory", 0, 50, "task 1")
     pump = span("pump", 1, 50, "task 1 worker 1")
