@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,24 @@ class PluginSettings:
     hook_timeout_s: float | None = None
 
 
+def _running_thread(
+    blocking: Blocking, tracers: Sequence[core.Tracer]
+) -> Callable[[int, int], AbstractAsyncContextManager[None]]:
+    """HookContext.running_thread, by the tracer that is there when it is called."""
+
+    @asynccontextmanager
+    async def running_thread(_pid: int, tid: int) -> AsyncIterator[None]:
+        tracer = tracers[0]
+        await blocking.run(tracer.let_run, tid)
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await blocking.run(tracer.hold, tid)
+
+    return running_thread
+
+
 class Devices:
     """The plugins of a dump or a restore, loaded for its duration by :meth:`session`."""
 
@@ -43,6 +61,11 @@ class Devices:
         self._spans, self._context = spans, context
         self._ready: dict[int, trio.Event] = {}
         self._turn: trio.CapacityLimiter | None = None
+        self._tracers: list[core.Tracer] = []
+
+    def use_tracer(self, tracer: core.Tracer) -> None:
+        """Whoever holds the tasks of a restore: it is made after the plugins were loaded."""
+        self._tracers[:] = [tracer]
 
     def take_turns(self, turn: trio.CapacityLimiter) -> None:
         """Every hook of a restore waits for ``turn`` before it runs."""
@@ -69,21 +92,13 @@ class Devices:
     ) -> Devices:
         """Plugins that write their images beside ours."""
 
-        @asynccontextmanager
-        async def running_thread(_pid: int, tid: int) -> AsyncIterator[None]:
-            await blocking.run(tracer.let_run, tid)
-            try:
-                yield
-            finally:
-                with trio.CancelScope(shield=True):
-                    await blocking.run(tracer.hold, tid)
-
+        tracers = [tracer]
         context = HookContext(
             stage=Stage.DUMP,
             images_dir=writer.path,
             images_dir_fd=writer.dir_fd,
             open_image=writer.open_raw,
-            running_thread=running_thread,
+            running_thread=_running_thread(blocking, tracers),
             span=spans.span,
             is_cancelled=lambda: blocking.cancel.is_set,
             tree_goes_on=tree_goes_on,
@@ -96,16 +111,20 @@ class Devices:
         cls, settings: PluginSettings, spans: Trace, blocking: Blocking, folder: ImageFolder, *, jobs: int
     ) -> Devices:
         """Plugins that read what they wrote at the dump."""
+        tracers: list[core.Tracer] = []
         context = HookContext(
             stage=Stage.RESTORE,
             images_dir=folder.path,
             images_dir_fd=folder.dir_fd,
             open_image=folder.open_raw,
+            running_thread=_running_thread(blocking, tracers),
             span=spans.span,
             is_cancelled=lambda: blocking.cancel.is_set,
             jobs=jobs,
         )
-        return cls(settings, spans, context)
+        devices = cls(settings, spans, context)
+        devices._tracers = tracers
+        return devices
 
     @asynccontextmanager
     async def session(self, needed: Sequence[str] = ()) -> AsyncIterator[Devices]:
@@ -222,6 +241,6 @@ class Devices:
                 nursery.start_soon(self._resume_one, plugin, pid)
 
     async def _resume_one(self, plugin: Any, pid: int) -> None:
-        if ready := self._ready.get(id(plugin)):
+        if (ready := self._ready.get(id(plugin))) is not None:
             await ready.wait()
         await self._run_in_turn(plugin, Hook.RESUME_DEVICES_LATE, pid)

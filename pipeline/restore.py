@@ -178,6 +178,7 @@ class _Restore:
                 shmem.Stage(tree.objects, planned.staging) as stage,
                 core.Tracer() as tracer,
             ):
+                self._devices.use_tracer(tracer)
                 making = Making(self._stages, self._devices, self._restorer, tree, planned, region, tracer, pages)
                 try:
                     await making.run(stage, pidfile)
