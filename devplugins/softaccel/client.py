@@ -18,7 +18,6 @@ import errno
 import mmap
 import os
 import socket
-import struct
 import threading
 import time
 from array import array
@@ -52,8 +51,6 @@ from gpurestore.devplugins.softaccel.protocol import (
     unpack_reply,
 )
 
-_WORD = struct.Struct("<Q")
-
 
 class SoftaccelError(OSError):
     """What the server answered, with its errno."""
@@ -85,10 +82,10 @@ class Context:
         except BaseException:
             self._sock.close()
             raise
-        self.uid: int = _WORD.unpack_from(self._page, AT_CONTEXT)[0]
+        self.uid = self._page.get(AT_CONTEXT)
         self.stream = Stream(self, 0)
 
-    def _open(self) -> mmap.mmap:
+    def _open(self) -> Page:
         """Say hello, and map the doorbell page until the server sees what is written there.
 
         A dump may fall in between, while the page's descriptor lies open like any other; what is restored then is a
@@ -101,7 +98,7 @@ class Context:
             self._check(reply)
             page = _map(fds)
             word = int.from_bytes(os.urandom(7), "little") + 1
-            _WORD.pack_into(page, AT_READY, word)
+            page.set(AT_READY, word)
             self._send(Request(Op.READY, self._next(), (word,)).pack())
             reply, fds = self._receive()
             if reply.errno != errno.EAGAIN:
@@ -151,7 +148,7 @@ class Context:
     def _exchange(self, requests: list[Request]) -> tuple[int, ...]:
         seq = self._next()
         self._rung += 1
-        _WORD.pack_into(self._page, AT_DOORBELL, self._rung)
+        self._page.set(AT_DOORBELL, self._rung)
         self._send(b"".join(request._replace(seq=seq).pack() for request in requests))
         reply, _ = self._receive()
         return self._check(reply)
@@ -223,8 +220,7 @@ class Context:
 
     def word(self, offset: int) -> int:
         """A word of the doorbell page."""
-        value: int = _WORD.unpack_from(self._page, offset)[0]
-        return value
+        return self._page.get(offset)
 
     def close(self) -> None:
         """Give everything back."""
@@ -379,16 +375,55 @@ def _index(value: int | float | DeviceBuffer) -> int:
     return value.address if isinstance(value, DeviceBuffer) else int(value)
 
 
-def _map(fds: list[int]) -> mmap.mmap:
-    """The doorbell page; takes over the descriptor. A fork does not inherit it."""
+class Page:
+    """The doorbell page, mapped here. Python's own mmap would keep a descriptor open, and that a dump would see."""
+
+    def __init__(self, fd: int) -> None:
+        base = _libc.mmap(None, PAGE_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+        if base is None or base == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise SoftaccelError(number, f"cannot map the doorbell page: {os.strerror(number)}")
+        self._base: int | None = base
+        self._words = (ctypes.c_uint64 * (PAGE_BYTES // 8)).from_address(base)
+        _libc.madvise(base, PAGE_BYTES, mmap.MADV_DONTFORK)
+
+    def get(self, offset: int) -> int:
+        """A word."""
+        if self._base is None:
+            raise SoftaccelError(errno.EBADF, "the context is closed")
+        return int(self._words[offset // 8])
+
+    def set(self, offset: int, value: int) -> None:
+        """Write a word."""
+        if self._base is None:
+            raise SoftaccelError(errno.EBADF, "the context is closed")
+        self._words[offset // 8] = value
+
+    def close(self) -> None:
+        """Unmap it."""
+        base, self._base = self._base, None
+        if base is not None:
+            _libc.munmap(base, PAGE_BYTES)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def _map(fds: list[int]) -> Page:
+    """The doorbell page; takes over the descriptor. A fork does not inherit the mapping."""
     if not fds:
         raise SoftaccelError(errno.EPROTO, "the server sent no doorbell page")
     try:
-        page = mmap.mmap(fds[0], PAGE_BYTES)
+        page = Page(fds[0])
     finally:
         os.close(fds[0])
-    page.madvise(mmap.MADV_DONTFORK)
-    if _WORD.unpack_from(page, AT_MAGIC)[0] != PAGE_MAGIC:
+    if page.get(AT_MAGIC) != PAGE_MAGIC:
+        page.close()
         raise SoftaccelError(errno.EPROTO, "the doorbell page is not one")
     return page
 

@@ -1,0 +1,104 @@
+"""A server of the software accelerator for a test, and the plugin's hooks driven by hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpurestore.devplugins.api import HookContext, Stage
+from gpurestore.devplugins.softaccel.client import Context, Page
+from gpurestore.devplugins.softaccel.plugin import SoftaccelPlugin
+
+
+@dataclass
+class RunningServer:
+    """A server process."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@contextmanager
+def server(*options: str, address: str | None = None) -> Iterator[RunningServer]:
+    """A server of its own; it listens when this returns."""
+    where = address or f"@softaccel-test-{uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "gpurestore.devplugins.softaccel", "--with-parent", "--socket", where, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    try:
+        assert b"not a GPU" in process.stdout.readline()
+        yield RunningServer(where, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+class Images:
+    """An image folder as a host offers it to a plugin."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        self.path = path
+        self._fds: list[int] = []
+
+    def dump_context(self, where: str, *, tree_goes_on: bool = False) -> HookContext:
+        return HookContext(Stage.DUMP, self.path, self._create, options={"socket": where}, tree_goes_on=tree_goes_on)
+
+    def restore_context(self, where: str | None, **options: str) -> HookContext:
+        given = {"socket": where, **options} if where else {**options}
+        return HookContext(Stage.RESTORE, self.path, self._open, options=given)
+
+    def _create(self, name: str) -> int:
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._fds.append(fd)
+        return fd
+
+    def _open(self, name: str) -> int:
+        return os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """What a host does with the descriptors that it keeps."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+async def dump_contexts(plugin: SoftaccelPlugin, contexts: list[Context], pid: int, first_ident: int = 1) -> None:
+    """The hooks of a dump up to DUMP_FINISH, for contexts of one process."""
+    await plugin.pause_devices(pid)
+    await plugin.checkpoint_devices(pid)
+    for ident, context in enumerate(contexts, first_ident):
+        plugin.dump_ext_file(context._sock.fileno(), ident)
+
+
+def move(context: Context, plugin: SoftaccelPlugin, ident: int, page_path: str) -> None:
+    """Give a client what a restore would: another socket under its number, another page under its address."""
+    fd = plugin.restore_ext_file(ident)
+    os.dup2(fd, context._sock.fileno(), inheritable=False)
+    os.close(fd)
+    update: Any = plugin.update_vma_map(page_path, 0, 0)
+    try:
+        context._page = Page(update.fd)
+    finally:
+        os.close(update.fd)
+
+
+def page_path(context: Context) -> str:
+    """What the kernel shows as the path of a context's doorbell page."""
+    return f"/memfd:softaccel-doorbell-{context.uid:016x} (deleted)"
