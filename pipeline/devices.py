@@ -127,10 +127,10 @@ class Devices:
         return devices
 
     @asynccontextmanager
-    async def session(self, needed: Sequence[str] = ()) -> AsyncIterator[Devices]:
+    async def session(self, needed: Sequence[str] | None = None) -> AsyncIterator[Devices]:
         """Load and initialise; whatever happens inside, every plugin's exit gets the true result.
 
-        ``needed`` are the plugins that the images name: one that is not there is an error.
+        ``needed`` are the plugins that the images name: one that is not there is an error. None: a dump, all take part.
         """
         async with self._spans.span("plugins"):
             await self._host.start(self._context, needed)
