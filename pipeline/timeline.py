@@ -65,6 +65,7 @@ _LABEL_SIZE, _NAME_SIZE = 11.0, 12.0
 _GAP = 5.0  # around a label
 _MIN_BAR = 1.5
 _MIN_ALONE = 6.0
+_MIN_CUT = 60.0
 _MAX_PATH_LINES = 3
 _TASK = re.compile(rf"task ([0-9]{{1,12}})(?:{WORKER_TRACK}([0-9]{{1,6}}))?")
 _NS = 1_000_000_000
@@ -393,7 +394,7 @@ def _labels(bars: Sequence[_Bar], scale: _Scale) -> list[Shape]:
 
 
 def _place_label(bar: _Bar, others: Sequence[_Bar | _Label], scale: _Scale) -> _Label | None:
-    """A label in the bar, else right of it, else left of it, as far as ``others`` leave room."""
+    """A label in the bar, else right of it, else left of it, else cut in it, as far as ``others`` leave room."""
     facts = _facts(bar.span)
     name, pid = bar.span.name, bar.span.args.get("pid")
     named = name if pid is None else f"{name} for {pid}"
@@ -401,10 +402,10 @@ def _place_label(bar: _Bar, others: Sequence[_Bar | _Label], scale: _Scale) -> _
     end = bar.x + bar.width
     # Bars are at least a dot wide, so neighbours may reach in at both ends.
     center = bar.x + bar.width / 2
-    left = max([bar.x, *(o.x + o.width for o in others if o.x < center)])
-    right = min([end, *(o.x for o in others if o.x >= center)])
-    if text := label_that_fits(texts, _LABEL_SIZE, right - left - 2 * _GAP):
-        return _Label(left + _GAP, text, inside=True)
+    inner_left = max([bar.x, *(o.x + o.width for o in others if o.x < center)])
+    inner_right = min([end, *(o.x for o in others if o.x >= center)])
+    if text := label_that_fits(texts, _LABEL_SIZE, inner_right - inner_left - 2 * _GAP):
+        return _Label(inner_left + _GAP, text, inside=True)
     if bar.width < _MIN_ALONE and any(o.x <= end + 1 and bar.x - 1 <= o.x + o.width for o in others):
         return None  # nobody could tell which dot it names
     if not any(o.x <= end < o.x + o.width for o in others):
@@ -415,4 +416,6 @@ def _place_label(bar: _Bar, others: Sequence[_Bar | _Label], scale: _Scale) -> _
         left = max([scale.left, *(o.x + o.width for o in others if o.x < bar.x)])
         if text := label_that_fits(texts, _LABEL_SIZE, bar.x - left - 2 * _GAP):
             return _Label(bar.x - _GAP, text, anchor="end")
+    if inner_right - inner_left >= _MIN_CUT:
+        return _Label(inner_left + _GAP, shorten(name, _LABEL_SIZE, inner_right - inner_left - 2 * _GAP), inside=True)
     return None
