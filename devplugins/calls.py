@@ -11,7 +11,7 @@ import trio
 
 from gpurestore.devplugins.api import Declined, Hook, RetryLater
 from gpurestore.devplugins.loaded import LoadedPlugin, Ticket, pid_of
-from gpurestore.errors import CancelledError, HookError, HookTimeoutError, NeedsPersonError
+from gpurestore.errors import CancelledError, GpurestoreError, HookError, HookTimeoutError, NeedsPersonError
 
 log = logging.getLogger("gpurestore.plugin")
 
@@ -79,25 +79,25 @@ def _told(plugin: LoadedPlugin, hook: Hook, args: tuple[Any, ...]) -> Any:
 
 def _failed(plugin: LoadedPlugin, hook: Hook, args: tuple[Any, ...], error: Exception) -> HookError:
     log.error("plugin %s: %s failed", plugin.name, hook.name, exc_info=error)
-    return HookError(plugin.name, hook.name, pid_of(hook, args), f"{type(error).__name__}: {error}")
+    why = str(error) if isinstance(error, GpurestoreError) else f"{type(error).__name__}: {error}"
+    return HookError(plugin.name, hook.name, pid_of(hook, args), why)
 
 
 def timed_out(plugin: LoadedPlugin, hook: Hook, args: tuple[Any, ...], timeout_s: float | None) -> HookTimeoutError:
-    """The error for a hook that did not come back, noted in the plugin where nobody may enter it any more."""
+    """The error for a hook that did not come back, noted in its plugin."""
     error = HookTimeoutError(
         plugin.name,
         hook.name,
         pid_of(hook, args),
         f"it did not come back within {timeout_s:g} s (--hook-timeout)",
     )
-    if plugin.exclusive:
-        plugin.hung = error
+    plugin.hung = error
     return error
 
 
 def refuse_if_hung(plugin: LoadedPlugin, hook: Hook, args: tuple[Any, ...]) -> None:
-    """Raise for a plugin that is still inside a hook which ran out of time."""
-    if plugin.hung is not None and plugin.busy:
+    """Raise for a plugin that nobody may enter: it is still inside a hook which ran out of time."""
+    if plugin.exclusive and plugin.hung is not None and plugin.busy:
         why = f"the plugin has not come back from {plugin.hung.hook}"
         raise HookError(plugin.name, hook.name, pid_of(hook, args), why) from plugin.hung
 

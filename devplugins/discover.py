@@ -60,22 +60,27 @@ def _in_folder(libdir: Path | None) -> Iterator[Found]:
 
 def entry_points() -> list[Found]:
     """Entry points of :data:`GROUP` in the packages on sys.path, by name."""
-    found: dict[tuple[str, str], Found] = {}
-    for folder in dict.fromkeys(path or "." for path in sys.path):
-        try:
-            names = os.listdir(folder)
-        except OSError:
-            continue
-        for name in names:
-            if name.endswith((".dist-info", ".egg-info")):
-                for point, target in _points(os.path.join(folder, name, "entry_points.txt")):
-                    found.setdefault((point, target), Found(point, target=target))
-    return [found[key] for key in sorted(found)]
+    folders: dict[str, str] = {}  # of each distribution the metadata
+    for suffix in (".dist-info", ".egg-info"):  # the latter also lies in source trees, often out of date
+        for folder in dict.fromkeys(path or "." for path in sys.path):
+            for name in _listed(folder):
+                if name.endswith(suffix):
+                    distribution = name[: -len(suffix)].split("-")[0].lower().replace(".", "_")
+                    folders.setdefault(distribution, os.path.join(folder, name))
+    found = {Found(name, target=target) for folder in folders.values() for name, target in _points(folder)}
+    return sorted(found, key=lambda item: (item.name, item.target))
 
 
-def _points(path: str) -> Iterator[tuple[str, str]]:
+def _listed(folder: str) -> list[str]:
     try:
-        with open(path, "rb") as file:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _points(folder: str) -> Iterator[tuple[str, str]]:
+    try:
+        with open(os.path.join(folder, "entry_points.txt"), "rb") as file:
             data = file.read()
     except OSError:
         return

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("gpurestore.plugin")
 
 PAUSE_TIMEOUT_S = 60.0
-# How long exit waits for a hook that was given up: a plugin is never entered twice at the same time.
-EXIT_GRACE_S = 10.0
+# How long exit waits for a hook that was given up, because it was cancelled or because it ran out of time.
+CANCELLED_GRACE_S = 10.0
+HUNG_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,6 @@ class PluginHost:
         self._idle: dict[str, str] = {}
         self._c_host: CHost | None = None
         self._context: HookContext | None = None
-        self._added: list[str] = []
 
     # ---- start
 
@@ -191,7 +191,7 @@ class PluginHost:
 
     @property
     def used(self) -> list[UsedPlugin]:
-        """Plugins that the images need, for the manifest. C plugins name themselves; stays after :meth:`stop`."""
+        """Plugins that the images need, for the manifest. Ask before :meth:`stop`."""
         names = self.inventory_names
         used = dict.fromkeys(names, "")
         for plugin in self._plugins:
@@ -203,9 +203,7 @@ class PluginHost:
     def inventory_names(self) -> list[str]:
         """Names for inventory.img: Python plugins that were used, and what C plugins put there themselves."""
         names = [plugin.name for plugin in self._plugins if plugin.used and not plugin.exclusive]
-        if self._c_host is not None:
-            self._added = self._c_host.added()
-        return list(dict.fromkeys([*names, *self._added]))
+        return list(dict.fromkeys([*names, *(self._c_host.added() if self._c_host else ())]))
 
     # ---- hooks
 
@@ -245,20 +243,22 @@ class PluginHost:
         plugins = self.plugins_with(hook)
         if not plugins:
             return
-        failures: dict[int, Exception] = {}
+        failures: list[tuple[int, Exception]] = []
 
         async def one(index: int, plugin: LoadedPlugin) -> None:
             try:
                 await self.run_one(plugin, hook, *args, span=span)
             except Exception as error:
-                self._log.error("%s", error)
-                failures[index] = error
+                failures.append((index, error))
 
         async with trio.open_nursery() as nursery:
             for index, plugin in enumerate(plugins):
                 nursery.start_soon(one, index, plugin)
+        failures.sort(key=lambda failure: failure[0])
+        for _, error in failures[1:]:
+            self._log.error("%s", error)
         if failures:
-            raise failures[min(failures)]
+            raise failures[0][1]
 
     def claim_sync(self, hook: Hook, *args: Any, only: str | None = None) -> ClaimResult | None:
         """Offer a resource to the plugins (or to the one named ``only``): the first that does not decline has it.
@@ -309,15 +309,13 @@ class PluginHost:
 
                 errors = unload_all(list(self._plugins))
         if self._c_host is not None:
-            self._added = self._c_host.added()
             self._c_host.end()
             self._c_host = None
         self._plugins = []
         return errors
 
     async def _call_exit(self, plugin: LoadedPlugin, result: int) -> None:
-        if plugin.exclusive or not plugin.initialised:
-            await _wait_until_idle(plugin)
+        await _wait_until_idle(plugin)
         if not plugin.initialised:
             return
         plugin.initialised = False
@@ -342,6 +340,6 @@ class PluginHost:
 
 async def _wait_until_idle(plugin: LoadedPlugin) -> None:
     """Hooks that were given up end sooner or later: a little later they may be waited for no longer."""
-    with trio.move_on_after(EXIT_GRACE_S):
+    with trio.move_on_after(HUNG_GRACE_S if plugin.hung else CANCELLED_GRACE_S):
         while plugin.busy:  # noqa: ASYNC110 - its thread knows nothing of the loop
             await trio.sleep(0.005)

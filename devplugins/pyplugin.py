@@ -55,8 +55,8 @@ class PyPlugin(LoadedPlugin):
         if self.version > api_version:
             mine, yours = (".".join(map(str, v)) for v in (api_version, self.version))
             raise PluginVersionError(self.name, f"it is of interface version {yours}; this host knows {mine}")
-        if missing := self.needs & ~offered:
-            names = ", ".join(flag.name or hex(flag) for flag in missing) or hex(missing)
+        if missing := int(self.needs) & ~int(offered):  # as numbers: ~ of a flag knows only the known
+            names = ", ".join(name_of_flag(1 << bit) for bit in range(missing.bit_length()) if missing >> bit & 1)
             raise PluginFlagsError(self.name, f"it needs what this host does not offer: {names}")
         self.plugin.negotiate(api_version, offered)
 
@@ -76,6 +76,11 @@ class PyPlugin(LoadedPlugin):
         if self._module is not None:
             sys.modules.pop(self._module, None)
         return None
+
+
+def name_of_flag(bit: int) -> str:
+    """Its name, or its number where this host knows none."""
+    return Capability(bit).name or hex(bit)
 
 
 def load_file(path: Path) -> list[PyPlugin]:

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpurestore.cli.options import Commands, add_command, add_run_options, positive, print_json, set_up_log
+from gpurestore.cli.options import (
+    Commands,
+    add_command,
+    add_plugin_options,
+    add_run_options,
+    plugin_settings,
+    positive,
+    print_json,
+    set_up_log,
+)
 
 if TYPE_CHECKING:
     from gpurestore.pipeline.dump import DumpResult
@@ -30,6 +39,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader is outside of it"
     )
+    add_plugin_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -50,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             trace=args.trace,
             progress=progress,
+            plugins=plugin_settings(args),
         )
 
     result = run_operation("dump", operation)

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpurestore.cli.options import Commands, add_command, add_run_options, print_json, set_up_log
+from gpurestore.cli.options import (
+    Commands,
+    add_command,
+    add_plugin_options,
+    add_run_options,
+    plugin_settings,
+    print_json,
+    set_up_log,
+)
 
 if TYPE_CHECKING:
     from gpurestore.pipeline.progress import Progress
@@ -37,6 +45,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    add_plugin_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -63,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             detached=args.restore_detached,
             trace=args.trace,
             progress=progress,
+            plugins=plugin_settings(args),
         )
 
     if args.restore_detached:

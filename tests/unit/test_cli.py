@@ -21,6 +21,7 @@ import gpurestore
 from gpurestore.cli import main
 from gpurestore.cli.options import to_data
 from gpurestore.errors import Finding, GpurestoreError, NeedsPersonError, RestoreCheckError, UsageError
+from gpurestore.pipeline.devices import PluginSettings
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def exit_code_of(argv: list[str]) -> int:
 
 
 def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
-    assert main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json"]) == 0
+    plugins = ["-L", "lib", "--plugin-option", "a.b=c", "--plugin-option", "a.d", "--hook-timeout", "2.5"]
+    assert main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json", *plugins]) == 0
     args, kwargs = dump.calls[0]
     assert args == (12, Path("dir"))
     assert kwargs == {
@@ -84,6 +86,7 @@ def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
         "jobs": 3,
         "trace": Path("t.json"),
         "progress": None,
+        "plugins": PluginSettings(Path("lib"), ("a.b=c", "a.d"), 2.5),
     }
 
 
@@ -130,6 +133,7 @@ def test_a_dry_run_prints_the_plan_and_restores_nothing(
         (["dump", "-t", "1", "-D", "d", "-R", "-s"], "gpurestore: dump: argument -s/--leave-stopped: not allowed with"),
         (["restore", "-D", "d", "--parallel", "--serial"], "gpurestore: restore: argument --serial: not allowed with"),
         (["restore", "-D", "d", "--jobs", "0"], "gpurestore: restore: argument --jobs: '0' is not a whole number"),
+        (["dump", "-t", "1", "-D", "d", "--hook-timeout", "0"], "gpurestore: dump: argument --hook-timeout: '0' is not"),
         (["fly"], "gpurestore: argument COMMAND: invalid choice: 'fly'"),
         ([], "gpurestore: the following arguments are required: COMMAND"),
     ],
