@@ -95,11 +95,15 @@ def _char_width(char: str) -> float:
 
 def shorten(text: str, size: float, width: float, *, bold: bool = False) -> str:
     """``text``, cut so that it fits."""
-    if text_width(text, size, bold=bold) <= width:
-        return text
-    while text and text_width(text + "...", size, bold=bold) > width:
-        text = text[:-1]
-    return text + "..." if text else ""
+    room = width - text_width("...", size, bold=bold)
+    used, kept = 0.0, 0
+    for number, char in enumerate(text, 1):
+        used += text_width(char, size, bold=bold)
+        if used <= room:
+            kept = number
+        elif used > width:
+            return text[:kept] + "..." if kept else ""
+    return text
 
 
 def printable(text: str) -> str:

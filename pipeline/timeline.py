@@ -66,7 +66,7 @@ _GAP = 5.0  # around a label
 _MIN_BAR = 1.5
 _MIN_ALONE = 6.0
 _MIN_CUT = 60.0
-_MAX_PATH_LINES = 3
+_MAX_PATH_LINES, _MAX_PATH_CHARS = 3, 4000
 _TASK = re.compile(rf"task ([0-9]{{1,12}})(?:{WORKER_TRACK}([0-9]{{1,6}}))?")
 _NS = 1_000_000_000
 _UNITS = ((_NS, "s"), (1_000_000, "ms"), (1_000, "us"), (1, "ns"))
@@ -274,7 +274,7 @@ def _head(title: str, end_ns: int, path: Sequence[CriticalStage]) -> tuple[list[
 def _wrapped(text: str, size: float, width: float) -> list[str]:
     """Lines broken at spaces; what is too much for the picture ends in dots."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text[:_MAX_PATH_CHARS].split(" "):
         longer = f"{lines[-1]} {word}".lstrip()
         if lines[-1] and text_width(longer, size) > width:
             lines.append(word)
@@ -328,14 +328,15 @@ def _tick_ns(end_ns: int, most: int = 11) -> int:
 
 def _bars(row: _Row, scale: _Scale, marked: set[int]) -> list[_Bar]:
     bars: list[_Bar] = []
-    filled: dict[int, float] = {}  # by level: where the last bar ends
+    last: dict[int, _Bar] = {}  # by level
     for span, level in zip(row.spans, row.levels, strict=True):
         x, end = scale.x(span.start_ns), scale.x(span.end_ns or span.start_ns)
         critical = id(span) in marked
-        if end <= filled.get(level, 0.0) and not critical:
+        before = last.get(level)
+        if before is not None and end <= before.x + before.width and before.critical >= critical:
             continue  # it would be drawn into the same dot
         bar = _Bar(span, x, row.y + _PAD / 2 + level * _STEP + 1, max(end - x, _MIN_BAR), critical)
-        filled[level] = bar.x + bar.width
+        last[level] = bar
         bars.append(bar)
     return bars
 
@@ -367,8 +368,8 @@ def _connectors(critical: Sequence[Span], bars: Sequence[_Bar]) -> list[Shape]:
     where = {id(bar.span): bar for bar in bars}
     shapes: list[Shape] = []
     for first, second in pairwise(critical):
-        one, two = where[id(first)], where[id(second)]
-        if one.y == two.y:
+        one, two = where.get(id(first)), where.get(id(second))
+        if one is None or two is None or one.y == two.y:
             continue
         start_y = one.y + (_BAR if two.y > one.y else 0)
         end_y = two.y + (0 if two.y > one.y else _BAR)

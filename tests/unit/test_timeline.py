@@ -175,6 +175,12 @@ def test_a_long_title_path_and_track_are_cut_not_spilled(tmp_path: Path) -> None
     assert any(text.text.endswith("...") for text, _ in texts(picture))
 
 
+def test_very_many_stages_are_drawn_as_few_bars(tmp_path: Path) -> None:
+    spans = [span("memory", i, i + 0.9, f"task {i % 2}") for i in range(20_000)]
+    picture = timeline.draw(trace_of(tmp_path, spans), "x")
+    assert len(picture.shapes) < 5000
+
+
 def test_every_track_has_a_row_main_first_and_plugins_last(tmp_path: Path) -> None:
     tracks = ["plugin a", "task 12 worker 10", "task 12 worker 2", "task 9", "task 12", "main"]
     spans = [span("memory", 0, 10, track) for track in tracks]
