@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
+from gpurestore.cli.options import to_data
+from gpurestore.cli.running import show_summary
 from gpurestore.pipeline.critical import critical_path, critical_stages, describe
+from gpurestore.pipeline.restore import RestoreResult
 from gpurestore.pipeline.trace import Span
 
 MS = 1_000_000
@@ -110,3 +116,25 @@ def test_links_know_their_waits_and_the_line_leaves_short_ones_out() -> None:
 
 def test_the_longest_link_is_always_named() -> None:
     assert describe(critical_stages([span("load", 0, 0.5)]), 1.0) == "load 0.5 ms"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_told_the_critical_path_and_a_file_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = critical_stages([span("load", 0, 0.5), span("memory", 0.5, 1000.5, "task 7", bytes=1 << 30)])
+    result = RestoreResult(7, (7, 8), 1 << 30, 1.002, (), stages)
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        show_summary("restore", result)
+        expected = "restore: 2 tasks, 1.0 GiB of memory, 1.00 s: memory of task 7 1.00 s (1.0 GiB, 1.07 GB/s)\n"
+        assert stream.getvalue() == (f"gpurestore {expected}" if stream.isatty() else "")
+
+
+def test_the_json_of_a_result_has_the_path() -> None:
+    result = RestoreResult(7, (7,), 0, 1.0, (), critical_stages([span("load", 0, 500)]))
+    assert to_data(result)["critical_path"] == [
+        {"name": "load", "track": "main", "start_s": 0.0, "seconds": 0.5, "waited_s": 0.0, "nr_bytes": 0, "pid": None}
+    ]
