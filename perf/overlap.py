@@ -2,10 +2,10 @@
 
     perf/overlap.py [--tasks N ...] [--ratios D/M ...] [--mib MIB] [--runs N] [--late SHARE] [--check] [--full]
 
-M is measured first, by restores with a device that takes no time; D is set to a multiple of it. The device is a plugin,
-perf/plugins/overlap_device.py, which waits without using the CPU. In every turn each point is measured in both modes,
-which take turns in going first. A parallel restore is to take at most 1.1 max(M, D) + 0.2 s; with --check the exit
-status says whether it did. After every restore the tasks compare their memory with what it was.
+M is measured by restores with a device that takes no time, first to set D to a multiple of it, then in every turn. The
+device is a plugin, perf/plugins/overlap_device.py, which waits without using the CPU. In every turn each point is
+measured in both modes, which take turns in going first. A parallel restore is to take at most 1.1 max(M, D) + 0.2 s;
+with --check the exit status says whether it did. After every restore the tasks compare their memory with what it was.
 
 Times are of the operation itself, without the start of Python, and without the checksums of the images (--no-verify):
 those are checked before anything is created, and nothing overlaps with that. The table goes to stdout, and with samples
@@ -33,19 +33,24 @@ from gpurestore import namespaces
 
 PLUGINS = Path(__file__).resolve().parent / "plugins"
 MODES = ("parallel", "serial")
+ALONE = "memory alone"
 FULL_TASKS, FULL_RATIOS = (1, 2, 4, 8), (0.25, 0.5, 1.0, 2.0, 4.0)
 QUICK_TASKS, QUICK_RATIOS = (1, 4), (0.25, 1.0, 4.0)
 
 
 @dataclass
 class Measured:
-    """All samples of one point. ``m_s`` is the time of the memory alone, ``d_s`` that of the device alone."""
+    """All samples of one point. ``d_s`` is the time of the device alone."""
 
     tasks: int
     ratio: float
-    m_s: float
     d_s: float
     series: dict[str, Series] = field(default_factory=dict)
+
+    @property
+    def m_s(self) -> float:
+        """The time of the memory alone, measured between the other samples."""
+        return self.median(ALONE)
 
     @property
     def limit_s(self) -> float:
@@ -132,22 +137,17 @@ class Tree:
 def measure(tree: Tree, ratios: Sequence[float], runs: int) -> list[Measured]:
     """All points of one tree, turn by turn."""
     tree.restore("parallel", 0.0)  # warms up
-    alone = [tree.restore("parallel", 0.0)[1] for _ in range(runs)]
-    m_s = statistics.median(alone)
-    points = [Measured(tree.tasks, ratio, m_s, ratio * m_s) for ratio in ratios]
+    m_s = statistics.median(tree.restore("parallel", 0.0)[1] for _ in range(runs))
+    points = [Measured(tree.tasks, ratio, ratio * m_s) for ratio in ratios]
     for point in points:
-        for mode in MODES:
-            dimensions: dict[str, str | int | float] = {"tasks": tree.tasks, "D/M": point.ratio, "mode": mode}
-            point.series[mode] = Series("restore", dimensions)
+        for mode in (ALONE, *MODES):
+            point.series[mode] = Series("restore", {"tasks": tree.tasks, "D/M": point.ratio, "mode": mode})
     for turn in range(runs):
         for point in points:
             for mode in MODES if turn % 2 == 0 else reversed(MODES):
                 point.series[mode].seconds.append(tree.restore(mode, point.d_s)[0])
-        # M of this very time: the machine may have become faster or slower.
-        alone.append(tree.restore("parallel", 0.0)[1])
-    for point in points:
-        point.m_s = statistics.median(alone)
-        point.series["memory alone"] = Series("memory alone", {"tasks": tree.tasks, "mode": "parallel"}, seconds=alone)
+            # M once more, at this very time: the machine may have become faster or slower.
+            point.series[ALONE].seconds.append(tree.restore("parallel", 0.0)[1])
     return points
 
 
@@ -163,15 +163,19 @@ def report(points: Sequence[Measured], notes: Sequence[str], results: Path) -> N
     results.mkdir(parents=True, exist_ok=True)
     (results / "overlap.md").write_text(text)
     data: dict[str, Any] = {"machine": facts, "notes": list(notes)}
-    data["points"] = [{**asdict(point), "limit_s": point.limit_s, "is_met": point.is_met} for point in points]
+    data["points"] = [
+        {**asdict(point), "m_s": point.m_s, "limit_s": point.limit_s, "is_met": point.is_met} for point in points
+    ]
     (results / "overlap.json").write_text(json.dumps(data, indent=1) + "\n")
     panels = []
     for tasks in dict.fromkeys(point.tasks for point in points):
         own = [point for point in points if point.tasks == tasks]
         samples = [
-            Point(p.ratio, p.d_s, p.limit_s, p.series["parallel"].seconds, p.series["serial"].seconds) for p in own
+            Point(p.ratio, max(p.m_s, p.d_s), p.limit_s, p.series["parallel"].seconds, p.series["serial"].seconds)
+            for p in own
         ]
-        panels.append(Panel(f"{tasks} task{'s' if tasks > 1 else ''}, M = {own[0].m_s:.2f} s", own[0].m_s, samples))
+        m_s = statistics.median(p.m_s for p in own)
+        panels.append(Panel(f"{tasks} task{'s' if tasks > 1 else ''}, M = {m_s:.2f} s", samples))
     for path in draw(panels, results / "overlap"):
         where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         print(f"\nWritten: {where}", end="")

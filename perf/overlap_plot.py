@@ -27,7 +27,7 @@ class Point:
     """Samples at one D/M."""
 
     ratio: float
-    d_s: float
+    best_s: float
     limit_s: float
     parallel_s: Sequence[float]
     serial_s: Sequence[float]
@@ -38,7 +38,6 @@ class Panel:
     """All points of one tree."""
 
     title: str
-    m_s: float
     points: Sequence[Point]
 
 
@@ -91,7 +90,7 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> list[Shape]:
     shapes += [Line(((x0, y0), (x1, y0)), INK), Line(((x0, y0), (x0, y1)), INK)]
     for colour, value, line_width in (
         (_LIMIT, lambda p: p.limit_s, 1.0),
-        (_BEST, lambda p: max(panel.m_s, p.d_s), 1.0),
+        (_BEST, lambda p: p.best_s, 1.0),
         (_SERIAL, lambda p: statistics.median(p.serial_s), 2.0),
         (_PARALLEL, lambda p: statistics.median(p.parallel_s), 2.0),
     ):
