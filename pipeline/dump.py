@@ -275,6 +275,9 @@ class _Dump:
 
     async def _settle(self, blocking: Blocking, tree: FrozenTree, writer: ImageWriter, devices: Devices) -> int:
         """Put the images in place and decide about the tree: nothing may fail once it is killed."""
+        if self._after is not _After.KILL:
+            # A plugin may let a thread of the task run to give devices back, and then it must be its own self.
+            await blocking.run(tree.leave)
         if self._after is _After.RUN:
             await devices.dump_finish(0)
             await self._thaw(blocking, tree, stop=False)
@@ -301,7 +304,8 @@ class _Dump:
     async def _give_back(self, blocking: Blocking, tree: FrozenTree, devices: Devices, error: BaseException) -> None:
         """Let the tree go on after a failure, with its devices."""
         failures: list[BaseException] = []
-        for step in (partial(devices.dump_finish, result_of(error)), partial(blocking.run, tree.thaw)):
+        finish = partial(devices.dump_finish, result_of(error))
+        for step in (partial(blocking.run, tree.leave), finish, partial(blocking.run, tree.thaw)):
             try:
                 await step()
             except* GpurestoreError as group:
