@@ -209,8 +209,7 @@ class CudaPlugin(DevicePlugin):
 
         async def give_back(task: Task) -> None:
             try:
-                async with self._running(task.pid, task.thread):
-                    await self._in_thread(self._give_back, task)
+                await self._give_back_frozen(task)
             except (GpurestoreError, OSError) as error:
                 if recognize.exists(task.pid):
                     failures.append(_stuck(task, error))
@@ -222,6 +221,14 @@ class CudaPlugin(DevicePlugin):
         self._given_back = True
         if failures:
             raise NeedsPersonError("; ".join(sorted(failures)))
+
+    async def _give_back_frozen(self, task: Task) -> None:
+        # A dump that fails early may not have frozen anything.
+        if not recognize.thread_is_stopped(task.pid, task.thread):
+            await self._in_thread(self._give_back, task)
+            return
+        async with self._running(task.pid, task.thread):
+            await self._in_thread(self._give_back, task)
 
     def _give_back(self, task: Task) -> None:
         driver = self._driver
@@ -381,6 +388,7 @@ class CudaPlugin(DevicePlugin):
 
     @asynccontextmanager
     async def _running(self, pid: int, tid: int) -> AsyncIterator[None]:
+        """Let the driver's thread run, where the host can."""
         let_run = self._context.running_thread
         if let_run is None:
             yield

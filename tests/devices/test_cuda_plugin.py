@@ -119,7 +119,7 @@ def test_a_dump_locks_checkpoints_and_lets_only_the_restore_thread_run(fake: Fak
     run(dump, plugin, pid, other)
     plugin.exit(Stage.DUMP, 0)
     assert fake.calls() == [("lock", pid, 0), ("checkpoint", pid, 0)]
-    thread = int((fake.folder / f"{pid}.state").read_text().split()[1])
+    thread = fake.thread(pid)
     assert host.let_run == [(pid, thread)]
     assert plugin.used
     state = image.decode((host.images / "cuda.json").read_bytes())
@@ -169,7 +169,6 @@ def test_a_tree_that_goes_on_after_its_dump_gets_its_devices_back(fake: FakeCuda
     run(dump, host.plugin(Stage.DUMP), pid)
     wait_for(lambda: fake.state(pid) == RUNNING)
     assert [name for name, _, code in fake.calls() if not code] == ["lock", "checkpoint", "init", "restore", "unlock"]
-    assert len(host.let_run) == 2, "the tree is still frozen when devices are given back"
 
 
 def test_a_dump_that_fails_later_gives_devices_back(fake: FakeCuda, host: Host) -> None:
@@ -195,7 +194,7 @@ def test_exit_says_so_when_it_cannot_give_back(fake: FakeCuda, host: Host) -> No
     plugin = host.plugin(Stage.DUMP)
     run(plugin.pause_devices, pid)
     os.kill(pid, 19)
-    wait_for(lambda: recognize.thread_is_stopped(pid, pid))
+    wait_for(lambda: recognize.thread_is_stopped(pid, fake.thread(pid)))
     with pytest.raises(NeedsPersonError, match=rf"CUDA of pid {pid} could not be given back.*is stopped"):
         plugin.exit(Stage.DUMP, -1)
 
@@ -264,7 +263,7 @@ def test_a_stopped_restore_thread_is_an_error_and_no_hang(fake: FakeCuda, host: 
     plugin = host.plugin(Stage.DUMP)
     run(plugin.pause_devices, pid)
     os.kill(pid, 19)
-    wait_for(lambda: recognize.thread_is_stopped(pid, pid))
+    wait_for(lambda: recognize.thread_is_stopped(pid, fake.thread(pid)))
     with pytest.raises(CudaError, match="cuCheckpointProcessCheckpoint"):
         run(plugin.checkpoint_devices, pid)
 

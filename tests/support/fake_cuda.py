@@ -49,9 +49,13 @@ class FakeCuda:
     folder: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, *, gpu: str = GPU_A, steps: int = 1_000_000, ms: int = 1, out: Path | None = None) -> int:
-        """A process that computes; its pid, once the driver knows it."""
+    def start(
+        self, *, gpu: str = GPU_A, steps: int = 1_000_000, ms: int = 1, out: Path | None = None, wait: bool = False
+    ) -> int:
+        """A process that computes; its pid, once the driver knows it. ``wait``: half-way it waits for :func:`go`."""
         out = out or self.folder / f"result-{len(self.processes)}"
+        if not wait:
+            go(out)
         command = [str(self.library.parent / "victim"), plain(gpu), str(steps), str(ms), str(out)]
         process = subprocess.Popen(
             command,
@@ -68,6 +72,10 @@ class FakeCuda:
     def state(self, pid: int) -> str:
         """The state as the process publishes it: a number."""
         return (self.folder / f"{pid}.state").read_text().split()[0]
+
+    def thread(self, pid: int) -> int:
+        """Its restore thread."""
+        return int((self.folder / f"{pid}.state").read_text().split()[1])
 
     def gpu(self, pid: int) -> str:
         """The GPU (plain) that the process has."""
@@ -92,6 +100,11 @@ class FakeCuda:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
+
+
+def go(out: Path) -> None:
+    """Let the process whose result goes to ``out`` compute its second half."""
+    out.with_name(f"{out.name}.go").touch()
 
 
 def wait_for(condition: Any, timeout_s: float = 20) -> None:
