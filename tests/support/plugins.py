@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,17 @@ class PluginFolder:
 
 def compile_plugin(source: str, target: Path, *flags: str) -> Path:
     """Build one of the plugins in tests/devices/plugins, warnings being errors."""
-    command = ["gcc", *CFLAGS, f"-I{gpurestore.include_dir()}", f"-I{SOURCES}", *flags]
-    result = subprocess.run(
-        [*command, "-o", str(target), str(SOURCES / f"{source}.c")], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"plugin {source} does not compile:\n{result.stderr}"
+    target.write_bytes(_built(source, flags))
     return target
+
+
+@cache
+def _built(source: str, flags: tuple[str, ...]) -> bytes:
+    command = ["gcc", *CFLAGS, f"-I{gpurestore.include_dir()}", f"-I{SOURCES}", *flags, str(SOURCES / f"{source}.c")]
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        result = subprocess.run([*command, "-o", file.name], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"plugin {source} does not compile:\n{result.stderr}"
+        return Path(file.name).read_bytes()
 
 
 @contextmanager
