@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import uuid
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpurestore.devplugins.api import HookContext, Stage
+from gpurestore.devplugins.softaccel import for_kernel
 from gpurestore.devplugins.softaccel.client import Context, Page
 from gpurestore.devplugins.softaccel.plugin import SoftaccelPlugin
 
@@ -102,3 +105,11 @@ def move(context: Context, plugin: SoftaccelPlugin, ident: int, page_path: str) 
 def page_path(context: Context) -> str:
     """What the kernel shows as the path of a context's doorbell page."""
     return f"/memfd:softaccel-doorbell-{context.uid:016x} (deleted)"
+
+
+def fault(running: RunningServer, spec: str) -> None:
+    """Let something go wrong in a server."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as tool:
+        tool.connect(for_kernel(running.address))
+        tool.send(json.dumps({"op": "fault", "spec": spec}).encode())
+        assert json.loads(tool.recv(4096))["ok"]
