@@ -53,6 +53,7 @@ class Check:
     purpose: str
     remedy: str
     required: bool = True
+    facts: Callable[[], str] | None = None  # what is there, where more can be said than that it is
 
 
 def check_all() -> list[CheckResult]:
@@ -66,7 +67,8 @@ def _run(check: Check) -> CheckResult:
     except OSError as error:
         missing = os.strerror(error.errno) if error.errno else str(error)
     if missing is None:
-        return CheckResult(check.name, True, check.required, check.purpose, "")
+        detail = check.facts() if check.facts else check.purpose
+        return CheckResult(check.name, True, check.required, detail, "")
     return CheckResult(check.name, False, check.required, f"{missing}; {check.purpose}", check.remedy)
 
 
@@ -256,13 +258,19 @@ def _user_namespace() -> str | None:
 
 
 def _nvidia() -> str | None:
-    if not Path("/dev/nvidiactl").exists():
+    from gpurestore.devplugins import cuda
+
+    if not cuda.probe():
         return "no NVIDIA device"
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is a device, but no libcuda.so.1"
-    return None
+    from gpurestore.devplugins.cuda.driver import describe
+
+    return describe().problem
+
+
+def _nvidia_driver() -> str:
+    from gpurestore.devplugins.cuda.driver import describe
+
+    return describe().text
 
 
 def _amd() -> str | None:
@@ -341,7 +349,14 @@ CHECKS = (
         "have a cgroup delegated to this user, for example by 'systemd-run --user --scope -p Delegate=yes'",
         required=False,
     ),
-    Check("NVIDIA GPU", _nvidia, "trees that compute there", "install the driver from 570 on", required=False),
+    Check(
+        "NVIDIA GPU",
+        _nvidia,
+        "trees that compute there",
+        "install the driver from 570 on",
+        required=False,
+        facts=_nvidia_driver,
+    ),
     Check(
         "AMD GPU", _amd, "trees that compute there", "install the amdgpu driver with compute support", required=False
     ),

@@ -76,7 +76,10 @@ def plugin_settings(args: argparse.Namespace) -> PluginSettings:
     """What :func:`add_plugin_options` was given."""
     from gpurestore.pipeline.devices import PluginSettings
 
-    return PluginSettings(args.libdir, tuple(args.plugin_option), args.hook_timeout)
+    options = list(args.plugin_option)
+    if gpu_map := getattr(args, "gpu_map", None):
+        options.append(f"cuda.gpu-map={','.join(gpu_map)}")
+    return PluginSettings(args.libdir, tuple(options), args.hook_timeout)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,13 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument(
+        "--gpu-map",
+        metavar="OLD=NEW",
+        action="append",
+        help="bring what was on the NVIDIA GPU OLD back on NEW, UUIDs or indices (default: where it was, else on one of"
+        " the same model); may be given several times",
+    )
     add_plugin_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)

@@ -9,6 +9,9 @@ import pytest
 from support.fake_cuda import GPU_A, GPU_B, FakeCuda, build, plain
 from support.victims import Compiler
 
+from gpurestore.check import CheckResult, check_all
+from gpurestore.cli import build_parser
+from gpurestore.cli.options import plugin_settings
 from gpurestore.devplugins.cuda import driver as driver_module
 from gpurestore.devplugins.cuda import probe
 from gpurestore.devplugins.cuda.driver import Driver, ProcessState, branch, describe
@@ -157,3 +160,23 @@ def test_images_with_our_file_make_the_plugin_matter(tmp_path: Path, monkeypatch
     assert not probe(tmp_path)
     (tmp_path / "cuda.json").touch()
     assert probe(tmp_path)
+
+
+def test_gpurestore_check_says_what_the_driver_can_do(
+    compiler: Compiler, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def result() -> CheckResult:
+        return next(result for result in check_all() if result.name == "NVIDIA GPU")
+
+    monkeypatch.setenv("GPURESTORE_LIBCUDA", str(fake.library))
+    assert result().ok and "checkpoint calls, GPU mapping" in result().detail
+    monkeypatch.setenv("GPURESTORE_LIBCUDA", str(build(compiler.folder, 12040)))
+    assert not result().ok and "checkpoint calls needs 570" in result().detail
+    monkeypatch.delenv("GPURESTORE_LIBCUDA")
+    monkeypatch.setattr("gpurestore.devplugins.cuda._SIGNS", ())
+    assert not result().ok and "no NVIDIA device" in result().detail
+
+
+def test_gpu_map_is_an_option_of_restore() -> None:
+    args = build_parser().parse_args(["restore", "-D", "images", "--gpu-map", "0=1", "--gpu-map", "1=0"])
+    assert plugin_settings(args).options == ("cuda.gpu-map=0=1,1=0",)
