@@ -17,7 +17,7 @@ from support.victims import have_compiler
 
 import gpurestore
 from gpurestore import errors
-from gpurestore.devplugins.api import API_VERSION, HOST_CAPABILITIES, Capability, Hook, Stage
+from gpurestore.devplugins.api import API_VERSION, CLAIMING, HOST_CAPABILITIES, Capability, Hook, Stage
 from gpurestore.devplugins.discover import entry_points
 from gpurestore.devplugins.host import PluginHost, result_of
 from gpurestore.devplugins.load import survey
@@ -432,3 +432,16 @@ def test_the_header_is_installed_beside_the_package() -> None:
 )
 def test_exit_is_told_a_negative_errno(error: BaseException | None, result: int) -> None:
     assert result_of(error) == result
+
+
+def test_the_table_of_hooks_in_the_documentation_is_whole() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "plugins.md").read_text()
+    rows = [
+        line.split("|") for line in text.splitlines() if line.startswith("| ") and line.split("|")[1].strip().isdigit()
+    ]
+    assert [(int(row[1]), row[2].strip(), row[7].strip()) for row in rows] == [
+        (int(hook), hook.name, "yes" if hook in CLAIMING else "") for hook in Hook
+    ]
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.PluginError) and error is not errors.PluginError:
+            assert error.__name__ in text
