@@ -7,6 +7,7 @@
  * in the agent's memory. Without a tracer the thread runs into rt_sigreturn and is back where it was.
  */
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,6 +26,8 @@
 #define ERESTARTSYS 512
 #define ERESTARTNOINTR 513
 #define ERESTARTNOHAND 514
+#define CODE_SEARCHED_BYTES 24
+#define MOV_EAX 0xb8
 
 /* Layout in the task: code, then for each slot the slot itself and the frame of the thread that serves it. */
 static uint64_t slot_stride(void)
@@ -75,11 +78,39 @@ static int write_memory(const struct gr_host *host, uint64_t address, const void
 	return 0;
 }
 
+/* Calls that the kernel continues through restart_syscall, and that can begin again from their arguments. */
+static int has_restart_block(uint64_t number)
+{
+	return number == SYS_poll || number == SYS_nanosleep || number == SYS_clock_nanosleep || number == SYS_futex;
+}
+
+/*
+ * Which call a restart_syscall that was interrupted in turn stands for. The kernel forgot its number, but the code in
+ * front of the instruction loads it, or the arguments are those of a private futex wait with a time-out, which runtimes
+ * make through syscall(3). Else it stays restart_syscall, which answers EINTR after a signal frame.
+ */
+static uint64_t restarted_call(const struct gr_host *host, const struct gr_regs *regs)
+{
+	uint8_t code[CODE_SEARCHED_BYTES];
+	uint64_t operation = regs->rsi & ~(uint64_t)FUTEX_CLOCK_REALTIME;
+	uint32_t number;
+
+	if (pread(host->mem_fd, code, sizeof(code), regs->rip - 2 - sizeof(code)) == sizeof(code))
+		for (int at = sizeof(code) - 5; at >= 0; at--) {
+			memcpy(&number, code + at + 1, sizeof(number));
+			if (code[at] == MOV_EAX && has_restart_block(number))
+				return number;
+		}
+	if ((operation == FUTEX_WAIT_PRIVATE || operation == FUTEX_WAIT_BITSET_PRIVATE) && regs->rdi % 4 == 0 && regs->r10)
+		return SYS_futex;
+	return SYS_restart_syscall;
+}
+
 /*
  * The registers with which a thread returns to itself through a frame. rt_sigreturn forgets an interrupted system
  * call, so the call is begun again here; one with a restart block begins again with its own arguments.
  */
-static struct gr_regs self_return_regs(const struct gr_regs *home)
+static struct gr_regs self_return_regs(const struct gr_host *host, const struct gr_regs *home)
 {
 	struct gr_regs regs = *home;
 
@@ -90,7 +121,7 @@ static struct gr_regs self_return_regs(const struct gr_regs *home)
 	case ERESTARTNOINTR:
 	case ERESTARTNOHAND:
 	case ERESTART_RESTARTBLOCK:
-		regs.rax = home->orig_rax;
+		regs.rax = home->orig_rax == SYS_restart_syscall ? restarted_call(host, home) : home->orig_rax;
 		regs.rip -= 2;
 	}
 	return regs;
@@ -99,7 +130,7 @@ static struct gr_regs self_return_regs(const struct gr_regs *home)
 static int write_frame(const struct gr_host *host, const struct gr_tracee *tracee, uint64_t at, uint64_t restorer,
 		       struct gr_error *err)
 {
-	struct gr_regs regs = self_return_regs(&tracee->home);
+	struct gr_regs regs = self_return_regs(host, &tracee->home);
 	uint8_t xstate[GR_SIGFRAME_MAX], frame[GR_SIGFRAME_MAX + 1024];
 	size_t bytes;
 	int ret = gr_read_xstate(tracee, xstate, 16384, &bytes, err);
