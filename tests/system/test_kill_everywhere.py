@@ -13,7 +13,7 @@ from support import processes
 from support.faults import DUMP_POINTS, RESTORE_POINTS
 from support.round_trip import dump, restore
 from support.tool import Tool
-from support.victims import Victim, Victims
+from support.victims import Victims
 
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images.folder import ImageFolder
@@ -21,7 +21,7 @@ from gpurestore.images.folder import ImageFolder
 pytestmark = pytest.mark.usefixtures("rights")
 
 SEED = int(os.environ.get("GPURESTORE_TEST_SEED", "20240601"))
-NR_RANDOM = 12
+NR_RANDOM = 8
 
 
 def fault(point: str, kind: str) -> dict[str, str]:
@@ -40,71 +40,69 @@ def whole(images: Path) -> bool:
     return True
 
 
-def siblings(images: Path) -> list[str]:
+def siblings(folder: Path, images: Path) -> list[str]:
     """What lies next to the images and looks like a part of them."""
-    return [path.name for path in images.parent.iterdir() if "images" in path.name and path != images]
+    return [path.name for path in folder.iterdir() if images.name in path.name and path != images]
 
 
-def finish_from(tool: Tool, victim: Victim, images: Path) -> None:
-    """After a dump that was disturbed: another dump (unless the images are whole) and a restore end well."""
-    if not whole(images):
+@pytest.mark.parametrize("name", ["blocked", "pipes", "registers"])
+def test_a_dump_killed_at_any_stage_leaves_the_tree_running(
+    tool: Tool, victims: Victims, folder: Path, name: str
+) -> None:
+    victim = victims.start(name)
+    for point in DUMP_POINTS:
+        images = folder / f"images.{point}"
+        outcome = tool.dump(victim.pid, images, env=fault(point, "kill"))
+        assert outcome.code == -signal.SIGKILL, f"the fault point was not passed\n{outcome}"
+        assert whole(images) == (point == "dump.committed"), str(outcome)
         victim.expect_running()
-        tool.dump(victim.pid, images).expect(0)
-        assert siblings(images) == [], "a dead tool's temporary folder was not cleared away"
+        if not images.exists():
+            tool.dump(victim.pid, images, "-R").expect(0)
+        assert siblings(folder, images) == [], "a dead tool's temporary folder was not cleared away"
     processes.kill(victim.pids)
     victim.expect_gone()
     restore(tool, victim, images)
     victim.finish()
 
 
-@pytest.mark.parametrize("name", ["blocked", "pipes", "registers"])
-@pytest.mark.parametrize("point", DUMP_POINTS)
-def test_a_dump_killed_at_any_stage_leaves_the_tree_running(
-    tool: Tool, victims: Victims, folder: Path, point: str, name: str
-) -> None:
-    victim = victims.start(name)
-    outcome = tool.dump(victim.pid, folder / "images", env=fault(point, "kill"))
-    assert outcome.code == -signal.SIGKILL, f"the fault point was not passed\n{outcome}"
-    finish_from(tool, victim, folder / "images")
-
-
-@pytest.mark.parametrize("point", DUMP_POINTS)
 def test_a_dump_that_fails_at_any_stage_leaves_the_tree_running_and_no_images(
-    tool: Tool, victims: Victims, folder: Path, point: str
+    tool: Tool, victims: Victims, folder: Path
 ) -> None:
-    victim = victims.start("pipes")
-    images = folder / "images"
-    outcome = tool.dump(victim.pid, images, env=fault(point, "fail")).expect(1)
-    assert point in outcome.one_line()
-    assert siblings(images) == []
-    if not images.exists():
+    victim = victims.start("blocked")
+    for point in DUMP_POINTS:
+        images = folder / f"images.{point}"
+        outcome = tool.dump(victim.pid, images, env=fault(point, "fail")).expect(1)
+        assert point in outcome.one_line()
+        assert whole(images) == (point == "dump.committed"), str(outcome)
+        assert siblings(folder, images) == [], "a failed dump left its temporary folder"
         victim.expect_running()
-    finish_from(tool, victim, images)
+    victim.finish()
 
 
 @pytest.mark.parametrize("name", ["pipes", "registers"])
-@pytest.mark.parametrize("point", RESTORE_POINTS)
 def test_a_restore_killed_at_any_stage_leaves_nothing_behind(
-    tool: Tool, victims: Victims, folder: Path, point: str, name: str
+    tool: Tool, victims: Victims, folder: Path, name: str
 ) -> None:
     victim = victims.start(name)
     dump(tool, victim, folder / "images")
-    outcome = tool.restore(folder / "images", env=fault(point, "kill"))
-    assert outcome.code == -signal.SIGKILL, f"the fault point was not passed\n{outcome}"
-    processes.wait_gone(victim.pids)
+    for point in RESTORE_POINTS:
+        outcome = tool.restore(folder / "images", env=fault(point, "kill"))
+        assert outcome.code == -signal.SIGKILL, f"the fault point was not passed\n{outcome}"
+        processes.wait_gone(victim.pids)
     restore(tool, victim, folder / "images")
     victim.finish()
 
 
-@pytest.mark.parametrize("point", RESTORE_POINTS)
+@pytest.mark.parametrize("name", ["pipes", "tree"])
 def test_a_restore_that_fails_at_any_stage_leaves_nothing_behind(
-    tool: Tool, victims: Victims, folder: Path, point: str
+    tool: Tool, victims: Victims, folder: Path, name: str
 ) -> None:
-    victim = victims.start("pipes")
+    victim = victims.start(name)
     dump(tool, victim, folder / "images")
-    outcome = tool.restore(folder / "images", env=fault(point, "fail")).expect(1)
-    assert point in outcome.one_line()
-    processes.wait_gone(victim.pids)
+    for point in RESTORE_POINTS:
+        outcome = tool.restore(folder / "images", env=fault(point, "fail")).expect(1)
+        assert point in outcome.one_line()
+        processes.wait_gone(victim.pids)
     restore(tool, victim, folder / "images")
     victim.finish()
 
