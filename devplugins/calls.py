@@ -15,21 +15,15 @@ from gpurestore.errors import CancelledError, GpurestoreError, HookError, HookTi
 
 log = logging.getLogger("gpurestore.plugin")
 
-# Hooks block, and wait for one another's devices: they must never wait for a thread.
-_MAX_THREADS = 4096
-_threads: trio.CapacityLimiter | None = None
 # What a hook may raise without having failed in an unknown way.
 _ANSWERS = (Declined, RetryLater, HookError, NeedsPersonError, CancelledError)
 
 
 async def in_thread(plugin: LoadedPlugin, call: Callable[[], Any], is_cancelled: Callable[[], bool]) -> Any:
     """``call`` in a thread, inside the plugin. Cancelled, it is given up at once; ``plugin.busy`` says until when."""
-    global _threads
-    if _threads is None:
-        _threads = trio.CapacityLimiter(_MAX_THREADS)
     ticket = Ticket(is_cancelled)
     try:
-        return await trio.to_thread.run_sync(plugin.enter, ticket, call, abandon_on_cancel=True, limiter=_threads)
+        return await trio.to_thread.run_sync(plugin.enter, ticket, call, abandon_on_cancel=True, limiter=plugin.threads)
     finally:
         ticket.given_up = True
 

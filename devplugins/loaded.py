@@ -12,6 +12,8 @@ import trio
 from gpurestore.devplugins.api import Capability, Hook, HookContext, Stage
 from gpurestore.errors import CancelledError, HookTimeoutError, PluginUnloadError
 
+# Hooks block, and wait for one another's devices: they must never wait for a thread.
+_MAX_THREADS = 4096
 # Hooks whose first argument is the pid of the task that they are about.
 ABOUT_A_TASK = frozenset(
     {Hook.PAUSE_DEVICES, Hook.CHECKPOINT_DEVICES, Hook.RESUME_DEVICES_LATE, Hook.DUMP_DEVICES_LATE}
@@ -57,6 +59,7 @@ class LoadedPlugin(ABC):
         self._used = False
         self.hung: HookTimeoutError | None = None
         self.turn = trio.Lock()
+        self.threads = trio.CapacityLimiter(_MAX_THREADS)
         self._inside = threading.Lock()
         self._running = 0
         self._idle = threading.Condition()
