@@ -19,6 +19,7 @@ from gpurestore.devplugins.api import Capability, Declined, DevicePlugin, HookCo
 from gpurestore.devplugins.cuda import IMAGE, gpumap, image, nvml, probe, recognize
 from gpurestore.devplugins.cuda.driver import NOT_READY, Driver, ProcessState, default_library, load
 from gpurestore.devplugins.cuda.gpumap import Placement
+from gpurestore.devplugins.cuda.guard import Guard, give_back
 from gpurestore.devplugins.cuda.image import State, Task
 from gpurestore.devplugins.cuda.options import Options
 from gpurestore.devplugins.cuda.recognize import Traces
@@ -55,6 +56,7 @@ class CudaPlugin(DevicePlugin):
         self._threads: trio.CapacityLimiter | None = None
         self._driver: Driver | None = None
         self._given_back = False
+        self._guard: Guard | None = None
         self._state: State | None = None
         self._pairs: dict[str, str] = {}
         self._strangers: dict[int, str] = {}
@@ -75,13 +77,15 @@ class CudaPlugin(DevicePlugin):
 
     def exit(self, stage: Stage, result: int) -> None:
         """Give back what a failed dump took, where no DUMP_FINISH did."""
-        if stage is not Stage.DUMP or self._given_back or not self._tasks:
-            return
-        if result == 0 and not self._context.tree_goes_on:
-            return
-        failures = [str(failure) for task in self._tasks.values() if (failure := self._give_back_late(task))]
-        if failures:
-            raise NeedsPersonError("; ".join(failures))
+        try:
+            if stage is Stage.DUMP and not self._given_back and (result != 0 or self._context.tree_goes_on):
+                failures = [str(failure) for task in self._tasks.values() if (failure := self._give_back_late(task))]
+                if failures:
+                    raise NeedsPersonError("; ".join(failures))
+        finally:
+            if self._guard is not None:
+                self._guard.dismiss()
+                self._guard = None
 
     # ---- dump
 
@@ -108,11 +112,18 @@ class CudaPlugin(DevicePlugin):
         if state is not ProcessState.RUNNING:
             log.info("pid %d: CUDA was %s before this dump and will be left so", pid, state.name.lower())
             return
+        await self._watch(task)
         try:
             await self._in_thread(driver.lock, pid, self._options.lock_timeout_ms)
         except CudaError as error:
             raise self._no_lock(task, error) from error
         log.info("pid %d: CUDA locked", pid)
+
+    async def _watch(self, task: Task) -> None:
+        async with self._loading:
+            if self._guard is None:
+                self._guard = await self._in_thread(Guard, self._options.library)
+        self._guard.watch(task.pid, task.thread)
 
     def _no_lock(self, task: Task, error: CudaError) -> CudaError:
         if error.code != NOT_READY:
@@ -231,20 +242,8 @@ class CudaPlugin(DevicePlugin):
             await self._in_thread(self._give_back, task)
 
     def _give_back(self, task: Task) -> None:
-        driver = self._driver
-        assert driver is not None
-        if task.state is ProcessState.CHECKPOINTED:
-            return
-        state = driver.state(task.pid)
-        if state is ProcessState.CHECKPOINTED:
-            driver.restore(task.pid)
-            state = driver.state(task.pid)
-        if state is ProcessState.LOCKED and task.state is ProcessState.RUNNING:
-            driver.unlock(task.pid)
-            state = driver.state(task.pid)
-        if state is not task.state:
-            raise CudaError(f"CUDA is {state.name.lower()}, and was {task.state.name.lower()} before")
-        log.info("pid %d: CUDA is %s again", task.pid, state.name.lower())
+        assert self._driver is not None
+        give_back(self._driver, task.pid, task.state)
 
     def _give_back_late(self, task: Task) -> str | None:
         """The same from exit, where nobody can let a thread run any more; None, or what went wrong."""

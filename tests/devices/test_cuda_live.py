@@ -91,6 +91,23 @@ def test_a_dump_that_the_driver_refuses_leaves_the_job_running(
     assert out.read_text() == expected
 
 
+@pytest.mark.parametrize("point", ["dump.paused", "dump.frozen", "dump.checkpointed", "dump.written", "dump.committed"])
+@pytest.mark.parametrize("fault", ["fail", "interrupt", "kill"])
+def test_whatever_ends_a_dump_early_the_job_goes_on_with_its_device(
+    fake: FakeCuda, tool: Tool, folder: Path, point: str, fault: str
+) -> None:
+    out = folder / "out"
+    pid = fake.start(steps=STEPS, ms=0, out=out, wait=True)
+    tool.dump(pid, folder / "images", env={"GPURESTORE_FAULT": f"{point}:{fault}"})
+    go(out)
+    if fake.processes[-1].poll() is None and fault != "interrupt":
+        wait_for(lambda: fake.state(pid) == "0")
+    if fault == "interrupt" and (folder / "images").exists():
+        return  # it came too late: the dump is whole
+    assert fake.processes[-1].wait(30) == 0
+    assert len(out.read_text()) == 17
+
+
 @pytest.mark.parametrize("call", ["restore", "unlock"])
 def test_a_restore_that_the_driver_refuses_leaves_nothing_and_can_be_repeated(
     fake: FakeCuda, tool: Tool, folder: Path, call: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Host:
         self.fake, self.images, self.goes_on = fake, images, goes_on
         self.let_run: list[tuple[int, int]] = []
         self.fds: list[int] = []
+        self.plugins: list[CudaPlugin] = []
 
     @asynccontextmanager
     async def running_thread(self, pid: int, tid: int) -> AsyncIterator[None]:
@@ -75,6 +76,7 @@ class Host:
                 tree_goes_on=self.goes_on,
             )
         )
+        self.plugins.append(plugin)
         return plugin
 
 
@@ -82,6 +84,9 @@ class Host:
 def host(fake: FakeCuda, tmp_path: Path) -> Iterator[Host]:
     one = Host(fake, tmp_path / "images")
     yield one
+    for plugin in one.plugins:
+        with suppress(NeedsPersonError):
+            plugin.exit(Stage.DUMP, 0)
     for fd in one.fds:
         os.close(fd)
 
