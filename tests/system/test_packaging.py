@@ -59,7 +59,8 @@ def test_the_wheel_is_for_every_python_from_3_11_and_holds_one_package(archives:
     }
     expected = {name if name.startswith("gpurestore/") else f"gpurestore/{name}" for name in modules}
     assert {name for name in names if name.endswith(".py")} == expected
-    assert {"gpurestore/py.typed", "gpurestore/_core.abi3.so"} <= set(names)
+    others = {"gpurestore/py.typed", "gpurestore/_core.abi3.so", "gpurestore/include/gpurestore-plugin.h"}
+    assert others <= set(names)
 
 
 def test_the_installed_package_works_without_the_tree(archives: Path, tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
-from support.round_trip import round_trip
+from support.processes import state, wait_until
+from support.round_trip import dump, restore, round_trip
 from support.tool import Tool
 from support.victims import NOBODY, Victims
 
@@ -24,6 +29,20 @@ def test_limits_names_areas_and_other_process_state_survive(tool: Tool, victims:
 
 def test_timers_keep_their_ids_and_the_time_that_had_run(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("timers"))
+
+
+def test_a_tree_that_was_stopped_comes_back_stopped_and_goes_on(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("registers")
+    os.kill(victim.pid, signal.SIGSTOP)
+    wait_until(lambda: state(victim.pid) == "T", "the victim is stopped")
+    dump(tool, victim, folder / "images")
+    beats = victim.beats()
+    restore(tool, victim, folder / "images")
+    assert state(victim.pid) == "T"
+    assert victim.beats() == beats
+    os.kill(victim.pid, signal.SIGCONT)
+    victim.expect_running()
+    victim.finish()
 
 
 @pytest.mark.parametrize(("processes", "threads"), [("40", "3"), ("2", "150")])
