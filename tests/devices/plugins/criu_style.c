@@ -1,10 +1,18 @@
-/* Uses each host symbol of CRIU 4.2 once. */
-#include "criu_style.h"
+/* Uses each host symbol of CRIU 4.2 once. HEADER may name another header with the same interface. */
+#ifndef HEADER
+#define HEADER "criu_style.h"
+#endif
+#include HEADER
 
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
+
+/* CRIU's own header declares only the first of what it exports. */
+void print_on_level(unsigned int level, const char *format, ...);
+int add_inventory_plugin(const char *name);
+bool check_and_remove_inventory_plugin(const char *name, size_t n);
 
 #define NAME "criu_style"
 
