@@ -25,7 +25,7 @@ from gpurestore.errors import ImageError
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
-STAGING, CUSTOM = "staging", "custom"
+STAGING = "staging"  # device content is in the process's own memory; the only place there is so far
 _STATES = {state.name.lower(): state for state in list(ProcessState)[:3]}
 _MAX_PID = 1 << 22
 _MAX_U64 = (1 << 63) - 1
@@ -109,7 +109,7 @@ def decode(data: bytes) -> State:
         if len(set(keys)) != len(keys):
             raise ImageError(f"{IMAGE}: {name} has something twice")
     return State(
-        storage=where.text("storage", lambda text: text in (STAGING, CUSTOM)),
+        storage=where.text("storage", lambda text: text == STAGING),
         driver=where.text("driver"),
         cuda_version=where.number("cuda_version"),
         gpus=gpus,

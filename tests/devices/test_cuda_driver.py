@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,3 +182,19 @@ def test_gpurestore_check_says_what_the_driver_can_do(
 def test_gpu_map_is_an_option_of_restore() -> None:
     args = build_parser().parse_args(["restore", "-D", "images", "--gpu-map", "0=1", "--gpu-map", "1=0"])
     assert plugin_settings(args).options == ("cuda.gpu-map=0=1,1=0",)
+
+
+def test_a_machine_without_gpus_does_not_even_load_the_plugin() -> None:
+    if probe():
+        pytest.skip("there is an NVIDIA device here")
+    program = """
+import sys
+from gpurestore.devplugins.api import Declined
+from gpurestore.devplugins.cuda import make
+try:
+    make()
+except Declined as reason:
+    print(reason, [name for name in sys.modules if name == "cffi" or ".cuda." in name])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "there is no NVIDIA device here (no /dev/nvidiactl) []\n"

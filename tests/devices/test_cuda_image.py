@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.fake_cuda import GPU_A, GPU_B
 
 from gpurestore.devplugins.cuda import image
@@ -62,6 +65,7 @@ def change(path: str, value: Any) -> bytes:
         ("extra", 1),
         ("storage", KeyError),
         ("storage", "tape"),
+        ("storage", "custom"),
         ("driver", 580),
         ("driver", "\x1b[2J"),
         ("cuda_version", 1.5),
@@ -112,3 +116,17 @@ def test_what_is_no_such_file_is_refused(data: bytes) -> None:
 def test_a_file_that_is_too_big_is_refused() -> None:
     with pytest.raises(ImageError, match="not ours"):
         image.decode(b" " * (image.MAX_BYTES + 1))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_no_document_at_all_does_worse_than_an_image_error(value: Any) -> None:
+    document = json.loads(image.encode(STATE))
+    for key in document:
+        with suppress(ImageError):
+            image.decode(json.dumps({**document, key: value}).encode())
+    with suppress(ImageError):
+        image.decode(json.dumps(value).encode())
