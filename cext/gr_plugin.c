@@ -172,6 +172,10 @@ int gr_plugin_open(const char *path, struct gr_plugin **out, struct gr_plugin_in
 	if (!plugin)
 		return gr_fail(err, ENOMEM, "loading %s", path);
 	plugin->path = strdup(path);
+	if (!plugin->path) {
+		free(plugin);
+		return gr_fail(err, ENOMEM, "loading %s", path);
+	}
 	/* All symbols now: one that is missing must not show up in the middle of a dump. Constructors run here. */
 	gr_plugin_enter(&frame, base_name(path), "loading", 0);
 	plugin->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);

@@ -62,7 +62,7 @@ class LoadedPlugin(ABC):
         self.threads = trio.CapacityLimiter(_MAX_THREADS)
         self._inside = threading.Lock()
         self._running = 0
-        self._idle = threading.Condition()
+        self._counting = threading.Lock()
 
     @property
     def used(self) -> bool:
@@ -80,7 +80,7 @@ class LoadedPlugin(ABC):
 
     def enter(self, ticket: Ticket, call: Callable[[], Any]) -> Any:
         """Run ``call`` in this thread, alone inside the plugin where that is asked for."""
-        with self._idle:
+        with self._counting:
             self._running += 1
         try:
             if not self.exclusive:
@@ -93,7 +93,7 @@ class LoadedPlugin(ABC):
             finally:
                 self._inside.release()
         finally:
-            with self._idle:
+            with self._counting:
                 self._running -= 1
 
     @abstractmethod
