@@ -69,10 +69,14 @@ class Slots:
             self.labels.append(np.frombuffer(memory, np.int64, BATCH_ROWS, start + _PIXEL_BYTES))
 
 
+# What the forked process does: (slots, pixels, labels, pipe with free slots, pipe for full ones).
+Serve: TypeAlias = Callable[[Slots, Array, Labels, int, int], None]
+
+
 class Loader:
     """The forked process that draws, shuffles and blurs pictures. Start it before any thread."""
 
-    def __init__(self, pixels: Array, labels: Labels) -> None:
+    def __init__(self, pixels: Array, labels: Labels, serve: Serve | None = None) -> None:
         self.slots = Slots()
         ask_reader, self._ask = os.pipe()
         self._answer, answer_writer = os.pipe()
@@ -80,7 +84,8 @@ class Loader:
         if self.pid == 0:
             os.close(self._ask)
             os.close(self._answer)
-            _end_with(lambda: _serve_batches(self.slots, pixels, labels, ask_reader, answer_writer))
+            serve = serve or _serve_batches
+            _end_with(lambda: serve(self.slots, pixels, labels, ask_reader, answer_writer))
         os.close(ask_reader)
         os.close(answer_writer)
         for slot in range(NR_SLOTS):
@@ -88,14 +93,14 @@ class Loader:
 
     def next_slot(self) -> int:
         """Wait for a batch; it stays valid until it is given back."""
-        message = _read_message(self._answer)
+        message = read_message(self._answer)
         if message is None:
             raise RuntimeError("the data loader has ended")
         return message
 
     def give_back(self, slot: int) -> None:
         """The slot's batch is used up: the loader may fill it again."""
-        os.write(self._ask, _MESSAGE.pack(slot))
+        write_message(self._ask, slot)
 
     def close(self) -> None:
         """End the process and see that it ended well."""
@@ -119,23 +124,30 @@ def _end_with(work: Callable[[], None]) -> None:
 def _serve_batches(slots: Slots, pixels: Array, labels: Labels, ask: int, answer: int) -> None:
     rng = np.random.default_rng(SEED)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    for rows in _draw_rows(rng, len(pixels)):
-        slot = _read_message(ask)
+    for rows in draw_rows(rng, len(pixels)):
+        slot = read_message(ask)
         if slot is None:
             return
         slots.pixels[slot][:] = pixels[rows] + rng.normal(0.0, 0.05, (BATCH_ROWS, NR_PIXELS))
         slots.labels[slot][:] = labels[rows]
-        os.write(answer, _MESSAGE.pack(slot))
+        write_message(answer, slot)
 
 
-def _draw_rows(rng: np.random.Generator, nr_rows: int) -> Iterator[npt.NDArray[np.int64]]:
+def draw_rows(rng: np.random.Generator, nr_rows: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of batch after batch, shuffled anew for each run through all of them."""
     while True:
         order = rng.permutation(nr_rows)
         for start in range(0, nr_rows - BATCH_ROWS + 1, BATCH_ROWS):
             yield order[start : start + BATCH_ROWS]
 
 
-def _read_message(fd: int) -> int | None:
+def write_message(fd: int, number: int) -> None:
+    """Send the number of a slot."""
+    os.write(fd, _MESSAGE.pack(number))
+
+
+def read_message(fd: int) -> int | None:
+    """The number of a slot, or None at the end."""
     raw = os.read(fd, _MESSAGE.size)  # messages are far below PIPE_BUF: never torn
     return int(_MESSAGE.unpack(raw)[0]) if raw else None
 

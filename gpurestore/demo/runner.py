@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,15 +11,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpurestore.demo import restores
+from gpurestore.demo.restores import COMMAND, Timing
+from gpurestore.devplugins.softaccel import SOCKET_VARIABLE
 from gpurestore.errors import GpurestoreError, UsageError
 from gpurestore.pipeline.trace import Span, format_bytes, format_table, summarize
 from gpurestore.pipeline.tracefile import read_trace
 
-_COMMAND = (sys.executable, "-m", "gpurestore")
+_ACCELERATOR = ("--memory", "256M", "--bandwidth", "200M", "--latency", "20")
+_TEMPORARY = "gpurestore-demo-"
+_PICTURE = "gpurestore-demo-timeline.svg"
 _POLL_S = 0.005
 _SHOWN_S = 0.005
 _STALLED_S = 120.0  # without a single new step
@@ -38,6 +45,8 @@ class DemoResult:
     image_bytes: int
     last_loss: float
     weights_sha256: str
+    timings: tuple[Timing, ...]
+    picture: str
 
 
 class Status:
@@ -59,19 +68,19 @@ class Status:
 class Job:
     """One run of the training job, in a session of its own, with files where a terminal would be."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, accelerator: str) -> None:
         folder.mkdir()
         self.folder = folder
         self.steps = steps
         self.losses = folder / "losses.txt"
         with open(folder / "job.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpurestore.demo.job", "--out", str(folder), "--steps", str(steps)],
+                [sys.executable, "-m", "gpurestore.demo.device_job", "--out", str(folder), "--steps", str(steps)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", SOCKET_VARIABLE: accelerator},
             )
 
     def last_step(self) -> int:
@@ -152,11 +161,41 @@ def run_demo(*, steps: int, keep: Path | None, as_json: bool) -> int:
 
 def _work_folder(keep: Path | None) -> Path:
     if keep is None:
-        return Path(tempfile.mkdtemp(prefix="gpurestore-demo-"))
+        return Path(tempfile.mkdtemp(prefix=_TEMPORARY))
     keep.mkdir(parents=True, exist_ok=True)
     if any(keep.iterdir()):
         raise UsageError(f"{keep} is not empty")
     return keep.resolve()
+
+
+@contextmanager
+def _accelerator(folder: Path) -> Iterator[str]:
+    """A server of the software accelerator for the time of the demonstration: its address."""
+    where = f"@gpurestore-demo-{os.getpid()}-{os.urandom(4).hex()}"
+    with open(folder / "accelerator.log", "wb") as log:
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "gpurestore.devplugins.softaccel",
+                "--with-parent",
+                "--socket",
+                where,
+                *_ACCELERATOR,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+    assert server.stdout is not None
+    try:
+        if not server.stdout.readline():
+            raise GpurestoreError(f"the software accelerator did not start: {(folder / 'accelerator.log').read_text()}")
+        yield where
+    finally:
+        server.terminate()
+        server.wait()
+        server.stdout.close()
 
 
 def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str, list[Span]]]:
@@ -164,11 +203,22 @@ def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str
         if not quiet:
             print(text, flush=True)
 
+    restores.adopt_orphans()
+    say(
+        f"Training a network on handwritten digits, {steps} steps. What it learns lives in the memory of the software\n"
+        "accelerator, a stand-in for hardware, not a GPU: a server process that forgets everything with its client."
+    )
+    with _accelerator(folder) as accelerator:
+        return _run_on(accelerator, folder, steps, say)
+
+
+def _run_on(
+    accelerator: str, folder: Path, steps: int, say: Callable[[str], None]
+) -> tuple[DemoResult, dict[str, list[Span]]]:
     status = Status()
-    say(f"Training a network on handwritten digits, {steps} steps: gradient threads, a metrics thread, a forked loader")
     say("1. an undisturbed run")
     clock = time.monotonic()
-    undisturbed = Job(folder / "undisturbed", steps)
+    undisturbed = Job(folder / "undisturbed", steps, accelerator)
     try:
         undisturbed.follow(status, "undisturbed run", None, undisturbed.process.poll)
     finally:
@@ -176,12 +226,15 @@ def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str
         undisturbed.process.wait()
     undisturbed_s = time.monotonic() - clock
 
-    say("2. the same again, but dumped on the way; the dump ends it")
-    job = Job(folder / "restored", steps)
+    say("2. the same again, but dumped on the way; the dump ends it, and its device memory is gone")
+    job = Job(folder / "restored", steps, accelerator)
     try:
         before_dump_s, dump_s = _train_and_dump(job, status, folder)
         dumped_after = job.last_step()
-        say(f"3. it is gone after step {dumped_after}; restore it and let it finish")
+        losses = job.losses.read_bytes()
+        say(f"3. restore it some times, serial and parallel, and end it again: {restores.NR_ROUNDS} rounds")
+        timings = restores.compare(folder / "images", job.kill, lambda: _put_back(job.losses, losses))
+        say(f"4. restore it once more, as it was after step {dumped_after}, and let it finish")
         restore_s, after_s = _restore_and_finish(job, status, folder)
     finally:
         job.kill()
@@ -197,8 +250,26 @@ def _run(folder: Path, steps: int, *, quiet: bool) -> tuple[DemoResult, dict[str
         image_bytes=sum(path.stat().st_blocks * 512 for path in (folder / "images").iterdir() if path.is_file()),
         last_loss=float.fromhex(job.losses.read_text().splitlines()[-1].split()[1]),
         weights_sha256=digest,
+        timings=tuple(timings),
+        picture=_draw(folder),
     )
     return result, {name: read_trace(folder / f"{name}.json").spans for name in ("dump", "restore")}
+
+
+def _put_back(path: Path, data: bytes) -> None:
+    """The file as it was at the dump: a restored run went on writing to it."""
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()
+
+
+def _draw(folder: Path) -> str:
+    """The picture of the last restore, where it outlives the folder."""
+    from gpurestore.pipeline.timeline import draw_file
+
+    kept = folder if not folder.name.startswith(_TEMPORARY) else Path(tempfile.gettempdir())
+    draw_file(folder / "restore.json", kept / _PICTURE, "the demonstration's restore")
+    return str(kept / _PICTURE)
 
 
 def _train_and_dump(job: Job, status: Status, folder: Path) -> tuple[float, float]:
@@ -207,40 +278,24 @@ def _train_and_dump(job: Job, status: Status, folder: Path) -> tuple[float, floa
     job.follow(status, "second run", max(1, job.steps // 4), job.process.poll)
     frozen = time.monotonic()
     pid, images, trace = str(job.process.pid), str(folder / "images"), str(folder / "dump.json")
-    code = subprocess.run(
-        [*_COMMAND, "dump", "-t", pid, "-D", images, "--trace", trace], stdin=subprocess.DEVNULL, check=False
-    ).returncode
-    if code != 0:
-        raise GpurestoreError(f"the dump failed with status {code}")
+    command = [*COMMAND, "dump", "-t", pid, "-D", images, "--trace", trace, "--json"]
+    dump = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    if dump.returncode != 0:
+        raise GpurestoreError(f"the dump failed with status {dump.returncode}")
     ended = time.monotonic()
     if job.process.wait(10) != -signal.SIGKILL:
         raise GpurestoreError(f"the job ended with status {job.process.returncode}, not by the dump's kill")
+    restores.wait_gone(json.loads(dump.stdout)["pids"])
     return frozen - started, ended - frozen
 
 
 def _restore_and_finish(job: Job, status: Status, folder: Path) -> tuple[float, float]:
     """Restore in front of the tree; seconds until it ran, and from there to its end."""
-    started = time.monotonic()
-    trace = str(folder / "restore.json")
-    restore = subprocess.Popen(
-        [*_COMMAND, "restore", "-D", str(folder / "images"), "--json", "--trace", trace],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-    )
-    assert restore.stdout is not None
-    try:
-        running = restore.stdout.readline() != b""  # the result, printed as soon as the tree runs
+    trace = ("--trace", str(folder / "restore.json"))
+    with restores.restored(folder / "images", job.kill, "--parallel", *trace) as tree:
         runs_at = time.monotonic()
-        if not running:
-            raise GpurestoreError(f"the restore failed with status {restore.wait()}")
-        job.follow(status, "restored run", None, restore.poll)
-        return runs_at - started, time.monotonic() - runs_at
-    finally:
-        job.kill()
-        if restore.poll() is None:
-            restore.terminate()
-        restore.wait()
-        restore.stdout.close()
+        job.follow(status, "restored run", None, tree.process.poll)
+        return tree.seconds, time.monotonic() - runs_at
 
 
 def _compare(undisturbed: Path, restored: Path) -> str:
@@ -271,6 +326,9 @@ def _report(result: DemoResult, spans: dict[str, list[Span]]) -> str:
         f"and so are the final weights, bit for bit (sha256 {result.weights_sha256[:16]}...).\n"
         f"The images took {format_bytes(result.image_bytes)}. Stages overlap; those above {_SHOWN_S * 1000:.0f} ms:\n\n"
         + format_table(rows, "what")
+        + f"\n\nSerial against parallel, the best of {restores.NR_ROUNDS} rounds:\n\n"
+        + restores.table(list(result.timings))
+        + f"\n\nWhat ran when in the last restore: {result.picture}"
     )
 
 
