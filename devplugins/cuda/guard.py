@@ -53,9 +53,9 @@ class Guard:
             start_new_session=True,
         )
 
-    def watch(self, pid: int, thread: int) -> None:
-        """This process is about to be locked; it was running."""
-        self._write(b"%d %d\n" % (pid, thread))
+    def watch(self, pid: int, thread: int, found: ProcessState) -> None:
+        """This process is about to be locked or checkpointed."""
+        self._write(b"%d %d %d\n" % (pid, thread, found))
 
     def dismiss(self) -> None:
         """Nothing is left to give back, or everything that could be was."""
@@ -81,11 +81,11 @@ def main() -> None:
     driver = load(library)
     deadline = time.monotonic() + PATIENCE_S
     for line in lines:
-        pid, thread = map(int, line.split())
+        pid, thread, found = map(int, line.split())
         while recognize.thread_is_stopped(pid, thread) and time.monotonic() < deadline:
             time.sleep(0.01)
         try:
-            give_back(driver, pid, ProcessState.RUNNING)
+            give_back(driver, pid, ProcessState(found))
         except CudaError as error:
             log.error("pid %d: %s", pid, error)
 

@@ -53,9 +53,14 @@ class State:
     tasks: dict[int, Task]
 
     def needed_bytes(self) -> dict[str, int | None]:
-        """By GPU that some task had: the bytes in use there. Tasks that name none had any of them."""
+        """By GPU that some task had: the bytes in use there. Tasks that name none had any of them.
+
+        A task that had none of its devices any more when it was found needs none.
+        """
         needed: dict[str, int | None] = {}
         for task in self.tasks.values():
+            if task.state is ProcessState.CHECKPOINTED:
+                continue
             for uuid, used in (task.gpus or dict.fromkeys(gpu.uuid for gpu in self.gpus)).items():
                 before = needed.get(uuid, 0)
                 needed[uuid] = None if used is None or before is None else before + used

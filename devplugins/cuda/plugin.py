@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import trio
@@ -109,10 +108,11 @@ class CudaPlugin(DevicePlugin):
         await self._take_inventory()
         self._refuse(pid, state)
         self._tasks[pid] = task = Task(pid, state, thread, self._gpus_of(pid, traces))
+        if state is not ProcessState.CHECKPOINTED:
+            await self._watch(task)
         if state is not ProcessState.RUNNING:
             log.info("pid %d: CUDA was %s before this dump and will be left so", pid, state.name.lower())
             return
-        await self._watch(task)
         try:
             await self._in_thread(driver.lock, pid, self._options.lock_timeout_ms)
         except CudaError as error:
@@ -123,7 +123,7 @@ class CudaPlugin(DevicePlugin):
         async with self._loading:
             if self._guard is None:
                 self._guard = await self._in_thread(Guard, self._options.library)
-        self._guard.watch(task.pid, task.thread)
+        self._guard.watch(task.pid, task.thread, task.state)
 
     def _no_lock(self, task: Task, error: CudaError) -> CudaError:
         if error.code != NOT_READY:
@@ -184,7 +184,7 @@ class CudaPlugin(DevicePlugin):
             raise Declined("not NVIDIA's")
         if not self._tasks:
             why = "no task of the tree is one that the driver can checkpoint"
-        elif path.endswith("-uvm") or "uvm" in Path(path).name:
+        elif "uvm" in path:
             why = "managed (unified) memory and CUDA IPC leave this behind: allocate without cudaMallocManaged"
         else:
             why = "another process's devices were inherited by fork: start such workers before CUDA, or by 'spawn'"

@@ -25,7 +25,8 @@ STATE = State(
     topology=(Link(0, 1, "switches"),),
     tasks={
         12: Task(12, ProcessState.RUNNING, 17, {GPU_A: 1 << 30}),
-        13: Task(13, ProcessState.CHECKPOINTED, 13, {GPU_A: 5}),
+        13: Task(13, ProcessState.LOCKED, 13, {GPU_A: 5}),
+        14: Task(14, ProcessState.CHECKPOINTED, 14, {}),
     },
 )
 
@@ -37,8 +38,8 @@ def test_what_is_written_is_read() -> None:
 def test_needs_of_all_tasks_are_added_and_a_task_without_gpus_may_have_had_any() -> None:
     assert STATE.needed_bytes() == {GPU_A: (1 << 30) + 5}
     assert [gpu.uuid for gpu in STATE.used_gpus()] == [GPU_A]
-    task = Task(14, ProcessState.RUNNING, 14, {})
-    wider = State(**{**{name: getattr(STATE, name) for name in STATE.__slots__}, "tasks": {14: task}})
+    task = Task(15, ProcessState.RUNNING, 15, {})
+    wider = State(**{**{name: getattr(STATE, name) for name in STATE.__slots__}, "tasks": {15: task}})
     assert wider.needed_bytes() == {GPU_A: None, GPU_B: None}
 
 

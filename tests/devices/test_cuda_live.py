@@ -17,6 +17,8 @@ from support.processes import become_subreaper
 from support.tool import Tool
 from support.victims import Compiler
 
+from gpurestore.devplugins.cuda.driver import Driver
+
 pytestmark = pytest.mark.usefixtures("rights")
 STEPS = 300
 
@@ -55,6 +57,23 @@ def test_a_job_that_was_dumped_and_restored_ends_with_the_same_result(
     tool.restore(folder / "images", how).expect(0)
     assert out.read_text() == expected
     assert successful(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
+
+
+def test_a_tree_of_several_such_processes_and_one_that_is_none(fake: FakeCuda, tool: Tool, folder: Path) -> None:
+    outs = [folder / f"out-{i}" for i in range(3)]
+    root = fake.start_tree(*outs, steps=STEPS)
+    pids = sorted(int(path.stem) for path in fake.folder.glob("*.state"))
+    tool.dump(root, folder / "images").expect(0)
+    fake.processes.pop().wait()
+    for pid in pids:
+        os.waitpid(pid, 0)  # orphans come to us
+    assert sorted(pid for _, pid, _ in fake.calls("checkpoint")) == pids
+    for out in outs:
+        go(out)
+    tool.restore(folder / "images", "--parallel").expect(0)
+    assert len({out.read_text() for out in outs}) == 1
+    for pid in pids:
+        assert successful(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
 
 
 def test_only_the_restore_thread_runs_while_the_driver_works(fake: FakeCuda, tool: Tool, folder: Path) -> None:
@@ -106,6 +125,16 @@ def test_whatever_ends_a_dump_early_the_job_goes_on_with_its_device(
         return  # it came too late: the dump is whole
     assert fake.processes[-1].wait(30) == 0
     assert len(out.read_text()) == 17
+
+
+def test_what_was_locked_before_is_locked_again_when_the_dump_is_killed(
+    fake: FakeCuda, tool: Tool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_DIR", str(fake.folder))
+    pid = fake.start(steps=STEPS)
+    Driver(str(fake.library)).lock(pid, 1000)
+    tool.dump(pid, folder / "images", env={"GPURESTORE_FAULT": "dump.checkpointed:kill"})
+    wait_for(lambda: "restore" in successful(fake, pid) and fake.state(pid) == "1")
 
 
 @pytest.mark.parametrize("call", ["restore", "unlock"])

@@ -56,7 +56,19 @@ class FakeCuda:
         out = out or self.folder / f"result-{len(self.processes)}"
         if not wait:
             go(out)
-        command = [str(self.library.parent / "victim"), plain(gpu), str(steps), str(ms), str(out)]
+        pid = self._popen([str(self.library.parent / "victim"), plain(gpu), str(steps), str(ms), str(out)])
+        wait_for(lambda: (self.folder / f"{pid}.state").exists())
+        return pid
+
+    def start_tree(self, *outs: Path, steps: int) -> int:
+        """A shell, which does not use CUDA, with a process that does for each of ``outs``; the shell's pid."""
+        victim = self.library.parent / "victim"
+        parts = [f"{victim} {plain(GPU_A)} {steps} 1 {out} &" for out in outs]
+        pid = self._popen(["sh", "-c", " ".join([*parts, "wait"])])
+        wait_for(lambda: len(list(self.folder.glob("*.state"))) >= len(outs))
+        return pid
+
+    def _popen(self, command: list[str]) -> int:
         process = subprocess.Popen(
             command,
             env={**os.environ, "FAKE_CUDA_DIR": str(self.folder)},
@@ -66,7 +78,6 @@ class FakeCuda:
             start_new_session=True,
         )
         self.processes.append(process)
-        wait_for(lambda: (self.folder / f"{process.pid}.state").exists())
         return process.pid
 
     def state(self, pid: int) -> str:
