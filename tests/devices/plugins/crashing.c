@@ -1,4 +1,4 @@
-/* Dies in a hook, in the way that the pid says. */
+/* Dies in a hook, in the way that the pid says, or always in the first with -DALWAYS. */
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -28,6 +28,9 @@ static int checkpoint_devices(int pid)
 {
 	pthread_t thread;
 
+#ifdef ALWAYS
+	pid = 1;
+#endif
 	switch (pid) {
 	case 1:
 		*(volatile int *)nowhere = 1;

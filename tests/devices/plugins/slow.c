@@ -1,4 +1,4 @@
-/* Sleeps pid milliseconds in a hook, and finds out whether two threads were ever in it at the same time. */
+/* Sleeps pid (or -DALWAYS=) milliseconds in a hook, and finds out whether two threads were ever in it at the same time. */
 #include <pthread.h>
 #include <unistd.h>
 
@@ -12,6 +12,9 @@ static int inside, met;
 
 static int wait_in_hook(int milliseconds)
 {
+#ifdef ALWAYS
+	milliseconds = ALWAYS;
+#endif
 	if (__atomic_add_fetch(&inside, 1, __ATOMIC_SEQ_CST) > 1)
 		met = 1;
 	usleep((useconds_t)milliseconds * 1000);
