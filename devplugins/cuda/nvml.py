@@ -162,4 +162,6 @@ class _Reader:
 
 
 def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    """Names as printable ASCII, as the image wants them."""
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)

@@ -35,7 +35,8 @@ from gpurestore.errors import (
 log = logging.getLogger("gpurestore.cuda")
 
 T = TypeVar("T")
-_MAX_THREADS = 64
+# Locks may wait for one another (NCCL): none may wait for a thread.
+_MAX_THREADS = 4096
 
 
 class CudaPlugin(DevicePlugin):
@@ -208,7 +209,9 @@ class CudaPlugin(DevicePlugin):
             topology=inventory.topology if inventory else (),
             tasks=self._tasks,
         )
-        fd, view = self._context.open_image(IMAGE), memoryview(image.encode(state))
+        data = image.encode(state)
+        image.decode(data)  # what NVML or the driver told must not make images that nobody can read
+        fd, view = self._context.open_image(IMAGE), memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_cuda import GPU_A, FakeCuda, build, go, wait_for
+from support.fake_cuda import GPU_A, GPU_B, FakeCuda, build, go, plain, wait_for
 from support.processes import become_subreaper
 from support.tool import Tool
 from support.victims import Compiler
@@ -154,6 +154,19 @@ def test_a_restore_that_the_driver_refuses_leaves_nothing_and_can_be_repeated(
     (fake.folder / f"{pid}.device").unlink(missing_ok=True)
     go(out)
     tool.restore(folder / "images", "--parallel").expect(0)
+    assert out.read_text() == expected
+
+
+def test_a_restore_can_be_told_to_use_another_gpu(fake: FakeCuda, tool: Tool, folder: Path) -> None:
+    expected, out = undisturbed(fake, folder), folder / "out"
+    pid = fake.start(gpu=GPU_A, steps=STEPS, ms=1, out=out, wait=True)
+    tool.dump(pid, folder / "images").expect(0)
+    fake.processes.pop().wait()
+    go(out)
+    here = {"FAKE_CUDA_GPUS": plain(GPU_B)}
+    outcome = tool.restore(folder / "images", "--parallel", "--gpu-map", f"{GPU_A}={GPU_B}", env=here)
+    outcome.expect(0)
+    assert fake.gpu(pid) == plain(GPU_B)
     assert out.read_text() == expected
 
 

@@ -54,3 +54,7 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(CudaError, match=r"pip install 'gpurestore\[cuda\]'"):
         nvml.read()
+
+
+def test_names_come_as_an_image_can_hold_them() -> None:
+    assert nvml.read(FakeNvml(FakeGpu(GPU_A, model="NVIDIA\x00 \u00dcber"))).gpus[0].model == "NVIDIA? ?ber"

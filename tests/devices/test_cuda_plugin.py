@@ -281,6 +281,16 @@ def test_gpus_and_bytes_in_use_are_recorded(fake: FakeCuda, host: Host, monkeypa
     assert state.needed_bytes() == {GPU_A: 3 << 30}
 
 
+def test_facts_that_no_restore_could_read_end_the_dump(
+    fake: FakeCuda, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = fake.start()
+    use_nvml(monkeypatch, FakeNvml(FakeGpu("no uuid at all")))
+    with pytest.raises(ImageError, match="uuid"):
+        run(dump, host.plugin(Stage.DUMP), pid)
+    assert not (host.images / "cuda.json").exists()
+
+
 @pytest.mark.parametrize("kind", ["mig", "mps"])
 def test_mig_and_mps_are_refused_before_anything_is_touched(
     fake: FakeCuda, host: Host, monkeypatch: pytest.MonkeyPatch, kind: str
