@@ -129,6 +129,10 @@ class DevicePlugin:
     version: ClassVar[tuple[int, int, int]] = API_VERSION
     needs: ClassVar[Capability] = Capability(0)
     stages: ClassVar[frozenset[Stage]] = frozenset(Stage)
+    aliases: ClassVar[frozenset[str]] = frozenset()  # other names in an inventory that it serves
+
+    # Set by a plugin whose work at dump makes images that need it; claiming something does so by itself.
+    used: bool = False
 
     def negotiate(self, api_version: tuple[int, int, int], offered: Capability) -> None:
         """Accept the host, or raise with the reason. Called first."""
@@ -142,7 +146,9 @@ class DevicePlugin:
     def hooks(self) -> frozenset[Hook]:
         """The hooks that this plugin has: those that it overrides."""
         return frozenset(
-            hook for hook in Hook if getattr(type(self), hook.name.lower()) is not getattr(DevicePlugin, hook.name.lower())
+            hook
+            for hook in Hook
+            if getattr(type(self), hook.name.lower()) is not getattr(DevicePlugin, hook.name.lower())
         )
 
     # ---- dump, in the order in which they come

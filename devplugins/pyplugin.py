@@ -41,11 +41,11 @@ class PyPlugin(LoadedPlugin):
         self.needs = Capability(plugin.needs)
         self.stages = frozenset(plugin.stages)
         self.hooks = plugin.hooks()
-        self.aliases = frozenset(getattr(plugin, "aliases", ()))
+        self.aliases = frozenset(plugin.aliases)
 
     @property
     def used(self) -> bool:
-        return self._used or bool(getattr(self.plugin, "used", False))
+        return self._used or self.plugin.used
 
     @used.setter
     def used(self, value: bool) -> None:
