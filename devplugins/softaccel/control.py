@@ -9,7 +9,7 @@ Whatever a tool held, or made and did not hand over, is given back when its conn
     find      inodes, pidfd?        -> contexts whose clients' sockets these are; "mine": of the process of the pidfd
     hold      uid                   drain the context and let nothing new begin
     release                         let everything go on that this connection holds
-    checkpoint uid, pid + file      write state and memory of a held context to the file
+    checkpoint uid, pid + file      {"begun": true} when the state is taken, then -> bytes: all is in the file
     create    device + file         -> uid; the client's socket and the doorbell page of a restored, held context
     fill      uid                   its memory, from the file of ``create``
     resume    uid + pidfd           its client is that process; it goes on
@@ -26,7 +26,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpurestore.devplugins.softaccel import image
@@ -202,27 +201,19 @@ class Session:
         state = {"version": 1, "what": image.STAND_IN, "pid": int(request["pid"]), **context.state()}
         state["devices"] = len(self._server.devices)
         state["server"] = self._server.address
-        progress = self._progress()
+        self._send({"ok": True, "begun": True})
         offset, done, stored = image.DATA_OFFSET, 0, []
         context.device.copy_out.start()
         for buffer in context.buffers():
             chunks: list[tuple[int, int, str]] = []
-            offset = self._save(context, buffer, fds[0], offset, chunks, partial(_add, progress, done))
+            offset = self._save(context, buffer, fds[0], offset, chunks)
             done += buffer.size
             stored.append({"address": buffer.address, "bytes": buffer.size, "chunks": chunks})
         context.device.check()
         state["buffers"] = stored
         return {"bytes": done, "file_bytes": image.write_state(fds[0], state, offset)}, ()
 
-    def _save(
-        self,
-        context: Context,
-        buffer: Buffer,
-        fd: int,
-        offset: int,
-        chunks: list[tuple[int, int, str]],
-        progress: Callable[[int], None],
-    ) -> int:
+    def _save(self, context: Context, buffer: Buffer, fd: int, offset: int, chunks: list[tuple[int, int, str]]) -> int:
         """Write a buffer's content at ``offset`` of the image, zeros left out; where the next one may begin."""
         faults = self._server.faults
         view = memoryview(buffer.memory)
@@ -239,7 +230,6 @@ class Session:
                 image.write_all(fd, part, offset)
                 chunks.append((offset, len(part), image.digest(part)))
                 offset += len(part)
-            progress(done + len(part))
             return len(part)
 
         moved = context.device.copy_out.copy(buffer.size, move, self._gone)
@@ -304,10 +294,6 @@ class Session:
     def _do_fault(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], tuple[int, ...]]:
         self._server.add_fault(request["spec"])
         return {}, ()
-
-
-def _add(progress: Callable[[int], None], base: int, part: int) -> None:
-    progress(base + part)
 
 
 def _is_zero(base: int, size: int) -> bool:

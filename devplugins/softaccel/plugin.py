@@ -2,7 +2,7 @@
 
 Dump. PAUSE_DEVICES finds a task's contexts by the inodes of its sockets and has the server drain and hold them;
 CHECKPOINT_DEVICES does the same for those that were opened meanwhile, then lets the server write each context, state
-and memory, to an image of its own:
+and memory, to an image of its own. That goes on while host memory is written; DUMP_DEVICES_LATE waits for its end.
 
     softaccel-CONTEXT.img    a context (image.py)
     softaccel-file-ID.img    which context the claimed descriptor ID belongs to
@@ -54,6 +54,17 @@ class _Dumped:
     written: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """A context that the server writes to an image just now."""
+
+    tool: Tool
+    context: _Dumped
+    fd: int
+    stack: AsyncExitStack
+    span: Any
+
+
 @dataclass(slots=True)
 class _Restored:
     """A context that was made at restore."""
@@ -85,6 +96,7 @@ class SoftaccelPlugin(DevicePlugin):
         self._of_pid: dict[int, Tool] = {}
         self._dumped: dict[int, _Dumped] = {}  # by the inode of the client's socket
         self._foreign: set[int] = set()
+        self._writing: list[_Writing] = []
         self._restored: dict[str, _Restored] = {}  # by the uid at dump
 
     # ---- life
@@ -135,14 +147,14 @@ class SoftaccelPlugin(DevicePlugin):
         await self._hold(pid, "PAUSE_DEVICES")
 
     async def checkpoint_devices(self, pid: int) -> None:
-        """Hold what the task opened since, and write all of it to images."""
+        """Hold what the task opened since, and begin to write all of it to images."""
         with _failures("CHECKPOINT_DEVICES", pid):
             await self._hold(pid, "CHECKPOINT_DEVICES")
             mine = [context for context in self._dumped.values() if context.pid == pid and not context.written]
             async with trio.open_nursery() as nursery:
                 for context in mine:
                     self.used = context.written = True
-                    nursery.start_soon(self._write, context)
+                    nursery.start_soon(self._begin, context)
 
     async def _hold(self, pid: int, hook: str) -> None:
         inodes = _sockets(pid)
@@ -179,16 +191,32 @@ class SoftaccelPlugin(DevicePlugin):
         """Where the task's server listens: as we were told, else as the task was."""
         return address(self._host.options.get("socket") or os.environ.get(SOCKET_VARIABLE) or _from_environ(pid))
 
-    async def _write(self, context: _Dumped) -> None:
+    async def _begin(self, context: _Dumped) -> None:
+        """Let the server begin to write a context. It goes on while the pipeline writes everything else."""
         fd = self._host.open_image(f"softaccel-{context.uid}.img")
         tool = self._connect(self._of_pid[context.pid].address)
-        done = [0]
-        async with self._span("device memory", context.pid, context.memory_bytes, done):
-            answer, _ = await tool.call("checkpoint", [fd], _into(done), uid=context.uid, pid=context.pid)
-            done[0] = int(answer["bytes"])
-        size = os.fstat(fd).st_size
-        if size != answer["file_bytes"]:
-            raise ServerError(0, f"the image of context {context.uid} has {size} bytes, not {answer['file_bytes']}")
+        stack, span = AsyncExitStack(), None  # the span ends in another hook than it begins in
+        if self._host.span is not None:
+            scope = self._host.span("device memory", track=f"plugin {self.name}", pid=context.pid)
+            span = await stack.enter_async_context(scope)
+        self._writing.append(_Writing(tool, context, fd, stack, span))
+        await tool.call("checkpoint", [fd], uid=context.uid, pid=context.pid)
+
+    async def dump_devices_late(self, pid: int) -> None:
+        """Wait until all contexts are written."""
+        for writing in self._writing:
+            with _failures("DUMP_DEVICES_LATE", writing.context.pid):
+                await self._end(writing)
+
+    async def _end(self, writing: _Writing) -> None:
+        async with writing.stack:
+            answer = await writing.tool.finish("checkpoint")
+            size = os.fstat(writing.fd).st_size
+            if size != answer["file_bytes"]:
+                uid, wanted = writing.context.uid, answer["file_bytes"]
+                raise ServerError(0, f"the image of context {uid} has {size} bytes, not {wanted}")
+            if writing.span is not None:
+                writing.span.set(bytes=int(answer["bytes"]))
 
     def dump_ext_file(self, fd: int, ident: int) -> None:
         """Claim the socket of a client."""

@@ -66,6 +66,17 @@ class Tool:
             raise ServerError(int(answer.get("errno", errno.EIO)), str(answer.get("error")))
         return answer, given
 
+    async def finish(self, op: str) -> dict[str, Any]:
+        """The second answer, to a request that was answered with ``begun`` first. Raises ServerError."""
+        try:
+            answer, _ = await self._receive(op)
+        except BaseException:
+            self.close()
+            raise
+        if not answer.get("ok"):
+            raise ServerError(int(answer.get("errno", errno.EIO)), str(answer.get("error")))
+        return answer
+
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         try:
             while True:

@@ -189,6 +189,7 @@ def test_a_context_that_was_opened_after_the_pause_is_carried_too(
         context.upload(b"late")
         await plugin.checkpoint_devices(OWN_PID)
         plugin.dump_ext_file(context._sock.fileno(), 1)
+        await plugin.dump_devices_late(OWN_PID)
         assert plugin.used
         plugin.exit(Stage.DUMP, 0)
         return context
@@ -267,7 +268,7 @@ def test_a_partial_copy_fails_the_dump_and_the_restore(first: RunningServer, ima
     with Context(server=first.address) as context:
         context.upload(os.urandom(MIB))
         fault(first, "partial=checkpoint")
-        with pytest.raises(HookError, match=rf"CHECKPOINT_DEVICES of pid {OWN_PID} failed: device memory ended after"):
+        with pytest.raises(HookError, match=rf"DUMP_DEVICES_LATE of pid {OWN_PID} failed: device memory ended after"):
             trio.run(dump, images, first, [context])
         for file in images.path.iterdir():
             file.unlink()

@@ -88,6 +88,7 @@ async def dump_contexts(plugin: SoftaccelPlugin, contexts: list[Context], pid: i
     await plugin.checkpoint_devices(pid)
     for ident, context in enumerate(contexts, first_ident):
         plugin.dump_ext_file(context._sock.fileno(), ident)
+    await plugin.dump_devices_late(pid)
 
 
 def move(context: Context, plugin: SoftaccelPlugin, ident: int, page_path: str) -> None:
