@@ -170,6 +170,8 @@ class FrozenTree:
                     f"pid {pid} is traced by pid {tracer} ({procfs.comm(tracer).decode(errors='replace')}): "
                     "detach that debugger or tracer first"
                 ) from error
+            if procfs.stat(pid).state in "ZX":  # it ended meanwhile: EPERM is the kernel's answer to that too
+                raise TaskDiedError(f"pid {pid} ended while the tree was being stopped") from error
             raise PrivilegeError(
                 f"pid {pid} may not be traced by this user: run as its owner or as root (CAP_SYS_PTRACE)"
             ) from error
