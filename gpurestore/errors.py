@@ -108,6 +108,17 @@ class NeedsPersonError(GpurestoreError):
     exit_code = 3
 
 
+def leading(group: BaseExceptionGroup[GpurestoreError]) -> GpurestoreError:
+    """Of several errors from concurrent stages the one to tell: what needs a person; else the first that is not just
+    the echo of another one's failure, a stage that was told to end."""
+    leaves: list[GpurestoreError] = []
+    for part in group.exceptions:
+        leaves.append(leading(part) if isinstance(part, BaseExceptionGroup) else part)
+    urgent = [leaf for leaf in leaves if isinstance(leaf, NeedsPersonError)]
+    causes = [leaf for leaf in leaves if not isinstance(leaf, CancelledError)]
+    return (urgent or causes or leaves)[0]
+
+
 class PluginError(GpurestoreError):
     """Something about a device plugin; below it one class for each thing to mend."""
 

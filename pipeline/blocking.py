@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import trio
+from outcome import Error, Outcome, Value
 
 from gpurestore.core import Cancel
 
@@ -17,7 +17,7 @@ _MAX_THREADS = 1024
 
 
 class Blocking:
-    """Runs blocking calls in threads; ``cancel`` is set as soon as the scope around it is cancelled."""
+    """Runs blocking calls in threads; ``cancel`` is set as soon as the scope around any of them is cancelled."""
 
     def __init__(self) -> None:
         self.cancel = Cancel()
@@ -25,7 +25,27 @@ class Blocking:
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         """``call(*args)`` in a thread. Waits for its end even when cancelled: it may own a task or a mapping."""
-        return await trio.to_thread.run_sync(partial(call, *args), limiter=self._threads)
+        ended = False
+
+        async def watch() -> None:
+            # A nursery inside of the operation may be cancelled by a failure of its own: that is the end of all, and
+            # calls must not be waited for until they have moved their last gigabyte.
+            try:
+                await trio.sleep_forever()
+            finally:
+                if not ended:
+                    self.cancel.set()
+
+        result: Outcome[T]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                result = Value(await trio.to_thread.run_sync(partial(call, *args), limiter=self._threads))
+            except Exception as error:
+                result = Error(error)
+            ended = True
+            nursery.cancel_scope.cancel()
+        return result.unwrap()
 
     async def all(self, calls: Sequence[Callable[[], object]], at_once: int) -> None:
         """All ``calls``, at most ``at_once`` of them at the same time; the first failure ends the others."""
@@ -38,20 +58,3 @@ class Blocking:
         async with trio.open_nursery() as nursery:
             for call in calls:
                 nursery.start_soon(one, call)
-
-
-@asynccontextmanager
-async def blocking_calls() -> AsyncIterator[Blocking]:
-    """A scope whose cancellation reaches the C core within milliseconds."""
-    blocking = Blocking()
-    async with trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            try:
-                await trio.sleep_forever()
-            finally:
-                blocking.cancel.set()
-
-        nursery.start_soon(watch)
-        yield blocking
-        nursery.cancel_scope.cancel()

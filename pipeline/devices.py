@@ -53,12 +53,23 @@ def _running_thread(
     return running_thread
 
 
+class _Cancelled:
+    """Whether hooks are to end early. Those that undo are not, however the operation ended."""
+
+    def __init__(self, cancel: core.Cancel) -> None:
+        self._cancel = cancel
+        self.is_undoing = False
+
+    def __call__(self) -> bool:
+        return self._cancel.is_set and not self.is_undoing
+
+
 class Devices:
     """The plugins of a dump or a restore, loaded for its duration by :meth:`session`."""
 
-    def __init__(self, settings: PluginSettings, spans: Trace, context: HookContext) -> None:
+    def __init__(self, settings: PluginSettings, spans: Trace, context: HookContext, is_cancelled: _Cancelled) -> None:
         self._host = PluginHost(settings.libdir, settings.options, settings.hook_timeout_s)
-        self._spans, self._context = spans, context
+        self._spans, self._context, self._is_cancelled = spans, context, is_cancelled
         self._ready: dict[int, trio.Event] = {}
         self._turn: trio.CapacityLimiter | None = None
         self._tracers: list[core.Tracer] = []
@@ -91,8 +102,8 @@ class Devices:
         jobs: int,
     ) -> Devices:
         """Plugins that write their images beside ours."""
-
         tracers = [tracer]
+        is_cancelled = _Cancelled(blocking.cancel)
         context = HookContext(
             stage=Stage.DUMP,
             images_dir=writer.path,
@@ -100,11 +111,11 @@ class Devices:
             open_image=writer.open_raw,
             running_thread=_running_thread(blocking, tracers),
             span=spans.span,
-            is_cancelled=lambda: blocking.cancel.is_set,
+            is_cancelled=is_cancelled,
             tree_goes_on=tree_goes_on,
             jobs=jobs,
         )
-        return cls(settings, spans, context)
+        return cls(settings, spans, context, is_cancelled)
 
     @classmethod
     def for_restore(
@@ -112,6 +123,7 @@ class Devices:
     ) -> Devices:
         """Plugins that read what they wrote at the dump."""
         tracers: list[core.Tracer] = []
+        is_cancelled = _Cancelled(blocking.cancel)
         context = HookContext(
             stage=Stage.RESTORE,
             images_dir=folder.path,
@@ -119,10 +131,10 @@ class Devices:
             open_image=folder.open_raw,
             running_thread=_running_thread(blocking, tracers),
             span=spans.span,
-            is_cancelled=lambda: blocking.cancel.is_set,
+            is_cancelled=is_cancelled,
             jobs=jobs,
         )
-        devices = cls(settings, spans, context)
+        devices = cls(settings, spans, context, is_cancelled)
         devices._tracers = tracers
         return devices
 
@@ -156,11 +168,22 @@ class Devices:
         return self._host.used
 
     async def _for_each(self, hook: Hook, pids: Iterable[int]) -> None:
+        """One hook for many tasks at once; all run to their end, then the first failure is raised."""
         if not self._host.plugins_with(hook):
             return
+        failures: dict[int, GpurestoreError] = {}
+
+        async def one(pid: int) -> None:
+            try:
+                await self._host.run_all(hook, pid)
+            except GpurestoreError as error:
+                failures[pid] = error
+
         async with trio.open_nursery() as nursery:
             for pid in pids:
-                nursery.start_soon(self._host.run_all, hook, pid)
+                nursery.start_soon(one, pid)
+        if failures:
+            raise failures[min(failures)]
 
     # ---- dump
 
@@ -178,6 +201,7 @@ class Devices:
 
     async def dump_finish(self, result: int) -> None:
         """Before the tree goes on or dies."""
+        self._is_cancelled.is_undoing = True
         await self._host.run_all(Hook.DUMP_FINISH, result)
 
     def claim_file(self, fd: int, ident: int, *, is_unix_socket: bool) -> Claim | None:
@@ -189,10 +213,6 @@ class Devices:
     def claim_mapping(self, fd: int, found: os.stat_result) -> bool:
         """tasks.external.Claims."""
         return self._host.claim_sync(Hook.HANDLE_DEVICE_VMA, fd, found) is not None
-
-    def wants_pauses(self) -> bool:
-        """Whether a task must not be frozen without a call of :meth:`pause`."""
-        return bool(self._host.plugins_with(Hook.PAUSE_DEVICES))
 
     # ---- restore
 

@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -35,10 +34,11 @@ from gpurestore.images import pb
 from gpurestore.images.inventory import build_inventory
 from gpurestore.images.manifest import PluginRecord
 from gpurestore.images.writer import ImageWriter
-from gpurestore.pipeline.blocking import Blocking, blocking_calls
+from gpurestore.pipeline.blocking import Blocking
 from gpurestore.pipeline.collect import Collected, collect, write_state
 from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.devices import Devices, PluginSettings
+from gpurestore.pipeline.operation import operation
 from gpurestore.pipeline.trace import Trace, summarize
 from gpurestore.tasks import ids, memory, procfs, shmem
 from gpurestore.tasks.descriptors import FileTable
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from gpurestore.pipeline.progress import Progress
 
 log = logging.getLogger("gpurestore.dump")
-
-_FREEZE_ATTEMPTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +82,10 @@ async def dump(
     Raises a GpurestoreError, and then the tree goes on and the folder is as it was; on cancellation the same.
     """
     _check_request(pid)
-    spans = Trace(progress)
     after = _After.RUN if leave_running else _After.STOP if leave_stopped else _After.KILL
-    operation = _Dump(pid, spans, jobs or memory.default_jobs(), shell_job, after)
-    try:
-        async with AsyncExitStack() as stack:
-            if progress is not None:
-                nursery = await stack.enter_async_context(trio.open_nursery())
-                stack.callback(nursery.cancel_scope.cancel)
-                nursery.start_soon(progress.run)
-            blocking = await stack.enter_async_context(blocking_calls())
-            return await operation.run(blocking, images_dir, plugins or PluginSettings())
-    finally:
-        if trace is not None:
-            spans.write(trace)
+    async with operation(progress, trace) as (blocking, spans):
+        dumping = _Dump(pid, spans, jobs or memory.default_jobs(), shell_job, after)
+        return await dumping.run(blocking, images_dir, plugins or PluginSettings())
 
 
 def dump_sync(pid: int, images_dir: Path, **options: Any) -> DumpResult:
@@ -191,22 +179,19 @@ class _Dump:
             raise
 
     async def _freeze(self, blocking: Blocking, tree: FrozenTree, devices: Devices) -> None:
-        """Pause the devices of all tasks while they run, then freeze; a task that came in between means once more."""
-        paused: set[int] = set()
-        for _ in range(_FREEZE_ATTEMPTS):
-            running = [pid for pid in await blocking.run(tree_of, self._pid) if pid not in paused]
-            async with self._spans.span("pause devices"):
-                await devices.pause(running)
-            paused.update(running)
-            faults.point("dump.paused")
-            async with self._spans.span("freeze"):
-                self._frozen_at = time.monotonic()
-                await blocking.run(tree.freeze, partial(_stop_if, blocking.cancel))
-            if not devices.wants_pauses() or paused.issuperset(tree.tasks):
-                break
-            await blocking.run(tree.thaw)
-        else:
-            raise GpurestoreError(f"the tree of pid {self._pid} makes tasks faster than their devices can be paused")
+        """Pause the devices of all tasks while they run, then freeze from the root down. A task that was born meanwhile
+        is paused before it is stopped, too."""
+        async with self._spans.span("pause devices"):
+            paused = set(await blocking.run(tree_of, self._pid))
+            await devices.pause(sorted(paused))
+        faults.point("dump.paused")
+        async with self._spans.span("freeze"):
+            self._frozen_at = time.monotonic()
+            fresh = [self._pid]
+            while fresh:
+                await devices.pause([pid for pid in fresh if pid not in paused])
+                paused.update(fresh)
+                fresh = await blocking.run(tree.seize, fresh, partial(_stop_if, blocking.cancel))
         log.info("frozen: %d tasks", len(tree.tasks))
         faults.point("dump.frozen")
         async with self._spans.span("checkpoint devices"):

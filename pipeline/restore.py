@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,14 @@ from gpurestore import core, faults
 from gpurestore.errors import CancelledError
 from gpurestore.images.folder import ImageFolder
 from gpurestore.pipeline import load, plan
-from gpurestore.pipeline.blocking import blocking_calls
 from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.devices import Devices, PluginSettings
 from gpurestore.pipeline.load import LoadedTree
 from gpurestore.pipeline.making import Making, PagesFiles
+from gpurestore.pipeline.operation import operation
 from gpurestore.pipeline.plan import RestorePlan
 from gpurestore.pipeline.stages import Stages
-from gpurestore.pipeline.trace import Trace, summarize
+from gpurestore.pipeline.trace import summarize
 from gpurestore.tasks import memory, shmem
 from gpurestore.tasks.restorer import Restorer
 
@@ -68,24 +67,14 @@ async def restore(
     Raises a GpurestoreError, and then nothing is left behind; on cancellation the same.
     """
     begin = time.monotonic()
-    spans = Trace(progress)
-    try:
-        async with AsyncExitStack() as stack:
-            if progress is not None:
-                nursery = await stack.enter_async_context(trio.open_nursery())
-                stack.callback(nursery.cancel_scope.cancel)
-                nursery.start_soon(progress.run)
-            blocking = await stack.enter_async_context(blocking_calls())
-            folder = stack.enter_context(ImageFolder(images_dir))
+    async with operation(progress, trace) as (blocking, spans):
+        with ImageFolder(images_dir) as folder:
             nr_jobs = jobs or memory.default_jobs()
             devices = Devices.for_restore(plugins or PluginSettings(), spans, blocking, folder, jobs=nr_jobs)
-            operation = _Restore(Stages(blocking, spans, nr_jobs, serial=serial), devices)
+            restoring = _Restore(Stages(blocking, spans, nr_jobs, serial=serial), devices)
             async with devices.session(await blocking.run(load.plugins_of, folder)):
-                tree = await operation.prepare(folder, shell_job, verify)
-                await operation.execute(tree, pidfile)
-    finally:
-        if trace is not None:
-            spans.write(trace)
+                tree = await restoring.prepare(folder, shell_job, verify)
+                await restoring.execute(tree, pidfile)
     path = critical_stages(spans.spans)
     log.info("critical path: %s", describe(path))
     return RestoreResult(

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gpurestore.errors import GpurestoreError
+from gpurestore.errors import GpurestoreError, NeedsPersonError, leading
 
 _DESCRIPTION = """\
 Freeze a running process tree, write it to images, and bring it back - on this machine or another one."""
@@ -90,12 +90,11 @@ def _worst(error: BaseException) -> BaseException:
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_worst(part) for part in error.exceptions]
+    urgent = [leaf for leaf in leaves if isinstance(leaf, NeedsPersonError)]
+    foreign = [leaf for leaf in leaves if not isinstance(leaf, GpurestoreError | KeyboardInterrupt)]
     ours = [leaf for leaf in leaves if isinstance(leaf, GpurestoreError)]
-    if any(not isinstance(leaf, GpurestoreError) for leaf in leaves):
-        foreign = [leaf for leaf in leaves if not isinstance(leaf, GpurestoreError | KeyboardInterrupt)]
-        urgent = [leaf for leaf in ours if leaf.exit_code == 3]
-        return (urgent or foreign or ours or leaves)[0]
-    return max(ours, key=lambda leaf: leaf.exit_code == 3)
+    causes = [leading(ExceptionGroup("", ours))] if ours else []
+    return (urgent or foreign or causes or leaves)[0]
 
 
 def _log_traceback(error: BaseException) -> None:

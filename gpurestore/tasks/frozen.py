@@ -124,16 +124,18 @@ class FrozenTree:
         """The tasks that are not zombies."""
         return [task for task in self if not task.zombie]
 
-    def freeze(self, should_stop: Callable[[], None] = lambda: None) -> None:
+    def freeze(self) -> None:
         """Stop the tree. On failure :meth:`thaw` undoes it."""
-        self._seize_process(self.root)
-        while True:
+        fresh = [self.root]
+        while fresh:
+            fresh = self.seize(fresh)
+
+    def seize(self, pids: Sequence[int], should_stop: Callable[[], None] = lambda: None) -> list[int]:
+        """Stop these tasks (the root first of all); returns children of the tree that still run. None: all of it stands."""
+        for pid in pids:
             should_stop()
-            fresh = [pid for task in list(self) for pid in procfs.children(task.pid) if pid not in self.tasks]
-            if not fresh:
-                break
-            for pid in fresh:
-                self._seize_process(pid)
+            self._seize_process(pid)
+        return [pid for task in self for pid in procfs.children(task.pid) if pid not in self.tasks]
 
     def describe(self) -> None:
         """Read what ptrace and procfs tell of the frozen tree. After this its threads may not run any more."""
