@@ -131,7 +131,7 @@ class FrozenTree:
             fresh = self.seize(fresh)
 
     def seize(self, pids: Sequence[int], should_stop: Callable[[], None] = lambda: None) -> list[int]:
-        """Stop these tasks (the root first of all); returns children of the tree that still run. None: all of it stands."""
+        """Stop these tasks, the root first of all. Returns those of the tree that still run; none: all of it stands."""
         for pid in pids:
             should_stop()
             self._seize_process(pid)
