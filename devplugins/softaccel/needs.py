@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from gpurestore.devplugins.softaccel import image
 from gpurestore.errors import HookError, ImageError
 
+log = logging.getLogger("gpurestore.plugin.softaccel")
 _UID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -77,25 +79,37 @@ def assign(wanted: Sequence[Wanted], there: Sequence[Mapping[str, Any]], mapping
         choices = [asked[old]] if old in asked else sorted(free, key=lambda new: (new != old, -free[new], new))
         new = next((new for new in choices if free.get(new, -1) >= size), None)
         if new is None:
-            raise HookError("softaccel", "RESTORE_INIT", None, _table(wanted, sizes, there, asked))
+            log.error("devices wanted and there:\n%s", table(wanted, sizes, there, asked))
+            raise HookError("softaccel", "RESTORE_INIT", None, _sentence(sizes, there))
         devices[old] = new
         free[new] -= size
     return devices
 
 
-def _table(
+def _sentence(sizes: Mapping[int, int], there: Sequence[Mapping[str, Any]]) -> str:
+    wanted = ", ".join(f"{_mib(size)} on device {device}" for device, size in sorted(sizes.items()))
+    have = ", ".join(
+        f"device {entry['device']}, lost"
+        if entry["lost"]
+        else f"{_mib(entry['free_bytes'])} of {_mib(entry['memory_bytes'])} free on device {entry['device']}"
+        for entry in there
+    )
+    return f"the software accelerator that is there is too small or lost: wanted: {wanted}; there: {have}"
+
+
+def table(
     wanted: Sequence[Wanted], sizes: Mapping[int, int], there: Sequence[Mapping[str, Any]], asked: Mapping[int, int]
 ) -> str:
-    lines = ["the software accelerator that is there is too small or lost:", "  wanted  device  contexts        memory"]
+    """Wanted and there, a line for each device."""
+    lines = ["wanted  device  contexts        memory"]
     for device, size in sorted(sizes.items()):
         contexts = sum(want.device == device for want in wanted)
         where = f"  (device-map: {asked[device]})" if device in asked else ""
-        lines.append(f"          {device:6}  {contexts:8}  {_mib(size):>12}{where}")
-    lines.append("  there   device      free        memory")
+        lines.append(f"        {device:6}  {contexts:8}  {_mib(size):>12}{where}")
+    lines.append("there   device          free        memory")
     for entry in there:
-        state = "  lost" if entry["lost"] else ""
-        free, whole = _mib(int(entry["free_bytes"])), _mib(int(entry["memory_bytes"]))
-        lines.append(f"          {entry['device']:6}  {free:>8}  {whole:>12}{state}")
+        free, whole = _mib(entry["free_bytes"]), _mib(entry["memory_bytes"])
+        lines.append(f"        {entry['device']:6}  {free:>12}  {whole:>12}{'  lost' if entry['lost'] else ''}")
     return "\n".join(lines)
 
 
