@@ -25,7 +25,7 @@ from gpurestore.pipeline.tracefile import read_trace
 
 _ACCELERATOR = ("--memory", "256M", "--bandwidth", "200M", "--latency", "20")
 _TEMPORARY = "gpurestore-demo-"
-_PICTURE = "gpurestore-demo-timeline.svg"
+_PICTURE = "timeline.svg"
 _POLL_S = 0.005
 _SHOWN_S = 0.005
 _STALLED_S = 120.0  # without a single new step
@@ -267,9 +267,9 @@ def _draw(folder: Path) -> str:
     """The picture of the last restore, where it outlives the folder."""
     from gpurestore.pipeline.timeline import draw_file
 
-    kept = folder if not folder.name.startswith(_TEMPORARY) else Path(tempfile.gettempdir())
-    draw_file(folder / "restore.json", kept / _PICTURE, "the demonstration's restore")
-    return str(kept / _PICTURE)
+    picture = folder.with_name(f"{folder.name}.svg") if folder.name.startswith(_TEMPORARY) else folder / _PICTURE
+    draw_file(folder / "restore.json", picture, "the demonstration's restore")
+    return str(picture)
 
 
 def _train_and_dump(job: Job, status: Status, folder: Path) -> tuple[float, float]:
