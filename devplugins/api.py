@@ -172,7 +172,8 @@ class DevicePlugin:
         """Claim a network link."""
 
     def handle_device_vma(self, fd: int, stat: os.stat_result) -> Any:
-        """Claim a mapping of a device file; its content is then the plugin's business."""
+        """Claim a mapping of a device file, or of a memfd; its content is then the plugin's business. ``fd`` is -1 for
+        a memfd that this user cannot open: ``stat`` holds its inode and device all the same."""
 
     def dump_devices_late(self, pid: int) -> Any:
         """Everything is dumped, the tree is still frozen. ``pid`` is the root task's."""

@@ -17,6 +17,7 @@ them go on.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -52,6 +53,7 @@ class _Dumped:
     page_inode: int
     memory_bytes: int
     written: bool = False
+    page_claimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,7 @@ class SoftaccelPlugin(DevicePlugin):
         for writing in self._writing:
             with _failures("DUMP_DEVICES_LATE", writing.context.pid):
                 await self._end(writing)
+                _check_page(writing.context)
 
     async def _end(self, writing: _Writing) -> None:
         async with writing.stack:
@@ -234,10 +237,10 @@ class SoftaccelPlugin(DevicePlugin):
 
     def handle_device_vma(self, fd: int, found: os.stat_result) -> None:
         """Claim a doorbell page."""
-        if not any(context.page_inode == found.st_ino for context in self._dumped.values()):
+        mine = [context for context in self._dumped.values() if context.page_inode == found.st_ino]
+        if not mine or (fd >= 0 and not _PAGE_PATH.fullmatch(os.readlink(f"/proc/self/fd/{fd}"))):
             raise Declined
-        if not _PAGE_PATH.fullmatch(os.readlink(f"/proc/self/fd/{fd}")):
-            raise Declined
+        mine[0].page_claimed = True
 
     async def dump_finish(self, result: int) -> None:
         """Give devices back, unless the tree dies anyway."""
@@ -347,6 +350,13 @@ def _failures(hook: str, pid: int | None) -> Iterator[None]:
         if isinstance(error, HookError):
             raise
         raise HookError("softaccel", hook, pid, str(error)) from error
+
+
+def _check_page(context: _Dumped) -> None:
+    """A doorbell page that was dumped as common memory would be a copy that rings nowhere: fail instead."""
+    with open(f"/proc/{context.pid}/maps") as maps:
+        if not context.page_claimed and f"{PAGE_NAME}{context.uid}" in maps.read():
+            raise ServerError(errno.EINVAL, f"the doorbell page of context {context.uid} was not offered to be claimed")
 
 
 def _into(done: list[int]) -> Callable[[int], None]:

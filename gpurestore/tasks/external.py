@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import os
+import stat
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class Claim(enum.Enum):
 
 
 class Claims(Protocol):
-    """Who may claim things at dump. ``fd`` is ours, valid during the call."""
+    """Who may claim things at dump. ``fd`` is ours, valid during the call; -1 for a mapped memfd out of reach."""
 
     def claim_file(self, fd: int, ident: int, *, is_unix_socket: bool) -> Claim | None:
         """Whether a plugin takes the file under number ``ident``, and as what."""
@@ -107,7 +108,12 @@ def offer_mapping(claims: Claims, pid: int, vma: Vma, refused: Finding | None) -
         return None
     fd = _open_mapped(pid, vma)
     if fd is None:
-        return None
+        if refused is not None:
+            return None
+        # An ordinary user cannot open a memfd that is only mapped: what /proc/PID/maps shows must do.
+        mode, dev = stat.S_IFREG | 0o777, os.makedev(*vma.dev)
+        found = os.stat_result((mode, vma.ino, dev, 0, 0, 0, vma.offset + vma.size, 0, 0, 0))
+        return found if claims.claim_mapping(-1, found) else None
     try:
         found = os.fstat(fd)
         return found if claims.claim_mapping(fd, found) else None

@@ -179,7 +179,7 @@ def test_an_error_of_a_context_is_still_its_error_after_the_restore(
     context.close()
 
 
-def test_a_context_that_was_opened_after_the_pause_is_carried_too(
+def test_a_context_that_was_opened_after_the_pause_is_carried_too_and_a_page_that_nobody_offers_is_noticed(
     first: RunningServer, second: RunningServer, images: Images
 ) -> None:
     async def dump_both() -> Context:
@@ -189,7 +189,8 @@ def test_a_context_that_was_opened_after_the_pause_is_carried_too(
         context.upload(b"late")
         await plugin.checkpoint_devices(OWN_PID)
         plugin.dump_ext_file(context._sock.fileno(), 1)
-        await plugin.dump_devices_late(OWN_PID)
+        with pytest.raises(HookError, match=r"the doorbell page of context .* was not offered"):
+            await plugin.dump_devices_late(OWN_PID)
         assert plugin.used
         plugin.exit(Stage.DUMP, 0)
         return context

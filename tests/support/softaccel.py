@@ -88,7 +88,16 @@ async def dump_contexts(plugin: SoftaccelPlugin, contexts: list[Context], pid: i
     await plugin.checkpoint_devices(pid)
     for ident, context in enumerate(contexts, first_ident):
         plugin.dump_ext_file(context._sock.fileno(), ident)
+        claim_page(plugin, context)
     await plugin.dump_devices_late(pid)
+
+
+def claim_page(plugin: SoftaccelPlugin, context: Context) -> None:
+    """Offer a context's doorbell page to the plugin."""
+    name = page_path(context)
+    with open("/proc/self/maps") as maps:
+        inode = next(int(line.split()[4]) for line in maps if name in line)
+    plugin.handle_device_vma(-1, os.stat_result((0, inode, *(0,) * 8)))
 
 
 def move(context: Context, plugin: SoftaccelPlugin, ident: int, page_path: str) -> None:
