@@ -18,10 +18,13 @@ CHOSEN = (
     "test_processes.py::test_a_tree_keeps_its_pids_parents_groups_sessions_zombies_and_stopped_task",
     "test_processes.py::test_limits_names_areas_and_other_process_state_survive",
     "test_processes.py::test_timers_keep_their_ids_and_the_time_that_had_run",
-    "test_memory.py",
-    "test_descriptors.py",
+    "test_memory.py::test_private_memory_keeps_content_protection_advice_and_locks[--parallel]",
+    "test_memory.py::test_file_mappings_keep_copied_and_clean_pages",
+    "test_memory.py::test_shared_memory_stays_shared_between_tasks",
+    "test_memory.py::test_copy_on_write_pages_are_right_in_parent_and_child",
+    "test_descriptors.py::test_files_keep_position_flags_and_sharing_of_descriptions",
+    "test_descriptors.py::test_pipes_and_fifos_keep_the_data_in_flight",
     "test_unsupported.py::test_all_obstacles_of_a_tree_are_named_in_one_line",
-    "test_bad_input.py::test_a_zombie_that_keeps_a_pid_is_named_with_its_parent",
 )
 
 

@@ -236,7 +236,8 @@ int main(int argc, char **argv)
 	victim_init(argc, argv);
 	has_avx = __builtin_cpu_supports("avx2");
 	has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-	has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) &&
+	/* CRIU does not carry tile registers: then argument 2 says so. */
+	has_tiles = argc < 3 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) &&
 		    !syscall(SYS_arch_prctl, ARCH_REQUEST_XSTATE, XSTATE_TILE_DATA);
 	for (uintptr_t i = 0; i < NR_THREADS; i++)
 		MUST(!pthread_create(&threads[i], NULL, thread_main, (void *)i));
