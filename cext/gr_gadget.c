@@ -49,9 +49,14 @@ static void search_range(int pid, uint64_t start, uint64_t end, struct search *s
 	}
 }
 
-int gr_find_gadgets(int pid, uint64_t *syscall_ret, uint64_t *sigreturn, uint64_t *plain_syscall, struct gr_error *err)
+/* libc has both patterns, and a program may have tens of megabytes of other code in front of it. */
+static bool is_likely(const char *maps_line)
 {
-	struct search s = { 0 };
+	return strstr(maps_line, "/libc") || strstr(maps_line, "musl");
+}
+
+static int search_maps(int pid, bool likely, struct search *s, struct gr_error *err)
+{
 	char line[512];
 	FILE *maps;
 
@@ -59,16 +64,28 @@ int gr_find_gadgets(int pid, uint64_t *syscall_ret, uint64_t *sigreturn, uint64_
 	maps = fopen(line, "re");
 	if (!maps)
 		return gr_fail(err, errno, "opening %s", line);
-	while (fgets(line, sizeof(line), maps) && !(s.syscall_ret && s.sigreturn)) {
+	while (fgets(line, sizeof(line), maps) && !(s->syscall_ret && s->sigreturn)) {
 		uint64_t start, end;
 		char prot[5];
 
 		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s", &start, &end, prot) != 3 || prot[0] != 'r' ||
-		    prot[2] != 'x' || strstr(line, "[vsyscall]"))
+		    prot[2] != 'x' || strstr(line, "[vsyscall]") || is_likely(line) != likely)
 			continue;
-		search_range(pid, start, end, &s);
+		search_range(pid, start, end, s);
 	}
 	fclose(maps);
+	return 0;
+}
+
+int gr_find_gadgets(int pid, uint64_t *syscall_ret, uint64_t *sigreturn, uint64_t *plain_syscall, struct gr_error *err)
+{
+	struct search s = { 0 };
+	int ret = search_maps(pid, true, &s, err);
+
+	if (ret == 0)
+		ret = search_maps(pid, false, &s, err);
+	if (ret < 0)
+		return ret;
 	*syscall_ret = s.syscall_ret;
 	*sigreturn = s.sigreturn;
 	*plain_syscall = s.plain_syscall;
