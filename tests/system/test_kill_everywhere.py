@@ -111,6 +111,32 @@ def test_a_restore_that_fails_at_any_stage_leaves_nothing_behind(
     victim.finish()
 
 
+def test_ctrl_c_at_any_stage_of_a_dump_is_undone_or_too_late(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("pipes")
+    for point in DUMP_POINTS:
+        images = folder / f"images.{point}"
+        outcome = tool.dump(victim.pid, images, "-R", env=fault(point, "interrupt"))
+        assert outcome.code in (0, 130), str(outcome)
+        assert whole(images) == (outcome.code == 0), str(outcome)
+        assert siblings(folder, images) == [], "an interrupted dump left its temporary folder"
+        victim.expect_running()
+    victim.finish()
+
+
+def test_ctrl_c_at_any_stage_of_a_restore_is_undone_or_too_late(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("pipes")
+    dump(tool, victim, folder / "images")
+    for point in RESTORE_POINTS:
+        outcome = tool.restore(folder / "images", env=fault(point, "interrupt"))
+        assert outcome.code in (0, 130), str(outcome)
+        if outcome.code == 0:
+            victim.expect_running()
+            processes.kill(victim.pids)
+        processes.wait_gone(victim.pids)
+    restore(tool, victim, folder / "images")
+    victim.finish()
+
+
 @pytest.mark.parametrize("name", ["blocked", "tree"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_dump_that_is_hit_at_random_moments_leaves_the_tree_running(
