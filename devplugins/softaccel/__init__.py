@@ -20,6 +20,7 @@ import os
 # "@" stands for the abstract namespace, as in ss and systemd.
 DEFAULT_SOCKET = "@softaccel"
 SOCKET_VARIABLE = "SOFTACCEL_SOCKET"
+PAGE_NAME = "softaccel-doorbell-"  # of the doorbell page's memfd; then the context in 16 hexadecimal digits
 
 
 def address(wanted: str | None = None) -> str:

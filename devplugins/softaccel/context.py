@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from gpurestore.devplugins.softaccel import kernels
+from gpurestore.devplugins.softaccel import PAGE_NAME, kernels
 from gpurestore.devplugins.softaccel.device import (
     PAGE_BYTES,
     AcceleratorError,
@@ -44,7 +44,6 @@ from gpurestore.devplugins.softaccel.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_STREAMS,
     PAGE_MAGIC,
-    PAGE_NAME,
     Op,
     Reply,
     Request,
@@ -224,7 +223,6 @@ class Context:
             raise AcceleratorError(errno.ENOMEM, f"{size} bytes wanted of a device that has {whole}")
         span = _round_up(size)
         address = self._find_hole(span)
-        self.device.take(span)
         self._add_buffer(address, size)
         return address
 
@@ -239,7 +237,13 @@ class Context:
         return address
 
     def _add_buffer(self, address: int, size: int) -> None:
-        self._buffers[address] = Buffer(address, size)
+        span = _round_up(size)
+        self.device.take(span)
+        try:
+            self._buffers[address] = Buffer(address, size)
+        except (OSError, ValueError, MemoryError) as error:
+            self.device.give_back(span)
+            raise AcceleratorError(errno.ENOMEM, f"the server has no {size} bytes for a buffer: {error}") from error
         bisect.insort(self._addresses, address)
 
     def _free(self, address: int) -> None:
@@ -372,6 +376,8 @@ class Context:
                     kernels.run(self._resolve, args[0], args[1], tuple(args[2:]))
         except AcceleratorError as error:
             return error.errno, str(error)
+        except Exception as error:  # whatever it is: the stream goes on, and its client hears of it
+            return errno.EIO, f"command {request.op} failed: {error!r}"
         return None
 
     def _resolve(self, address: int, size: int) -> tuple[Any, int]:
@@ -536,7 +542,6 @@ class Context:
                 address, size = int(entry["address"]), int(entry["bytes"])
                 if not FIRST_ADDRESS <= address <= address + size <= ADDRESS_END or size <= 0:
                     raise AcceleratorError(errno.EINVAL, f"a buffer of {size} bytes at {address:#x}")
-                self.device.take(_round_up(size))
                 self._add_buffer(address, size)
             self._streams = {int(entry["id"]): _load_stream(entry) for entry in state["streams"]}
             self._events = {int(event): (int(stream), int(number)) for event, stream, number in state["events"]}

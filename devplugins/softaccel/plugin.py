@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from gpurestore.devplugins.api import API_VERSION, Declined, DevicePlugin, HookContext, Stage, VmaUpdate
-from gpurestore.devplugins.softaccel import SOCKET_VARIABLE, address
-from gpurestore.devplugins.softaccel.protocol import PAGE_NAME
+from gpurestore.devplugins.softaccel import PAGE_NAME, SOCKET_VARIABLE, address
 from gpurestore.devplugins.softaccel.toolside import ServerError, ServerMissingError, Tool
 from gpurestore.errors import GpurestoreError, HookError
 

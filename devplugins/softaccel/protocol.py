@@ -146,6 +146,5 @@ def bits_double(bits: int) -> float:
 
 PAGE_BYTES = 4096
 PAGE_MAGIC = 0x3143434154464F53  # "SOFTACC1"
-PAGE_NAME = "softaccel-doorbell-"  # then the context in 16 hexadecimal digits
 AT_MAGIC, AT_CONTEXT, AT_READY, AT_DOORBELL, AT_LOST, AT_FENCES = 0, 8, 16, 24, 32, 256
 MAX_STREAMS = (PAGE_BYTES - AT_FENCES) // 8

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import threading
+import traceback
 from typing import Any
 
 from gpurestore.devplugins.softaccel import for_kernel
@@ -59,8 +60,16 @@ class Server:
                     self._meet(fd)
                 else:
                     context = self._clients.get(fd)
-                    if context is not None and not context.take():
+                    if context is not None and not self._serve(context):
                         self.drop(context)
+
+    @staticmethod
+    def _serve(context: Context) -> bool:
+        try:
+            return context.take()
+        except Exception:  # one client's trouble must not become everybody's
+            traceback.print_exc()
+            return False
 
     def stop(self) -> None:
         """End :meth:`run`, from any thread or signal handler."""
