@@ -9,7 +9,7 @@ Whatever a tool held, or made and did not hand over, is given back when its conn
     find      inodes, pidfd?        -> contexts whose clients' sockets these are; "mine": of the process of the pidfd
     hold      uid                   drain the context and let nothing new begin
     release                         let everything go on that this connection holds
-    checkpoint uid, pid + file      {"begun": true} when the state is taken, then -> bytes: all is in the file
+    checkpoint uid, pid + file      {"begun": true} when the state is taken, then -> bytes, seconds: it is written
     create    device + file         -> uid; the client's socket and the doorbell page of a restored, held context
     fill      uid                   its memory, from the file of ``create``
     resume    uid + pidfd           its client is that process; it goes on
@@ -202,6 +202,7 @@ class Session:
         state["devices"] = len(self._server.devices)
         state["server"] = self._server.address
         self._send({"ok": True, "begun": True})
+        clock = time.monotonic()
         offset, done, stored = image.DATA_OFFSET, 0, []
         context.device.copy_out.start()
         for buffer in context.buffers():
@@ -211,7 +212,8 @@ class Session:
             stored.append({"address": buffer.address, "bytes": buffer.size, "chunks": chunks})
         context.device.check()
         state["buffers"] = stored
-        return {"bytes": done, "file_bytes": image.write_state(fds[0], state, offset)}, ()
+        file_bytes = image.write_state(fds[0], state, offset)
+        return {"bytes": done, "file_bytes": file_bytes, "seconds": time.monotonic() - clock}, ()
 
     def _save(self, context: Context, buffer: Buffer, fd: int, offset: int, chunks: list[tuple[int, int, str]]) -> int:
         """Write a buffer's content at ``offset`` of the image, zeros left out; where the next one may begin."""
