@@ -272,6 +272,8 @@ class PluginHost:
         for plugin in self.plugins_with(hook):
             if only is not None and plugin.name != only and only not in plugin.aliases:
                 continue
+            if hook is Hook.HANDLE_DEVICE_VMA and plugin.exclusive and args[0] < 0:
+                continue  # a file out of reach of an ordinary user; the C ABI knows no mapping without a descriptor
             try:
                 value = call_hook_sync(plugin, hook, args, self._limit(hook), self._is_cancelled)
             except Declined:
