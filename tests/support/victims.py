@@ -181,6 +181,8 @@ class Victims:
     def end(self) -> None:
         """End whatever is left of all of them."""
         processes.end_all_below()
+        for path in Path("/dev/shm").glob(f"{self.folder.name}-*"):
+            path.unlink()
         for victim in self.started:
             if victim.process is not None:
                 # The status may have been reaped already; this only lets subprocess know.

@@ -10,6 +10,18 @@ static char shm_name[64];
 static volatile char *anonymous, *window, *memfd_memory, *linked, *unlinked;
 static int memfd;
 
+/* After the test's folder, so that the test can clear away what a killed victim leaves. */
+static void name_shm(void)
+{
+	char folder[PATH_MAX], *slash;
+
+	strcpy(folder, victim_folder);
+	slash = strrchr(folder, '/');
+	*slash = 0;
+	slash = strrchr(folder, '/');
+	snprintf(shm_name, sizeof(shm_name), "/dev/shm/%.40s-%d", slash ? slash + 1 : "victim", getpid());
+}
+
 static char *map_shared(int fd, size_t pages, size_t page_offset)
 {
 	char *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | (fd < 0 ? MAP_ANONYMOUS : 0), fd,
@@ -63,7 +75,7 @@ int main(int argc, char **argv)
 	victim_fill((void *)(memfd_memory + 2 * PAGE), PAGE, 42);
 	MUST(!fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW));
 	MUST(lseek(memfd, 12345, SEEK_SET) == 12345);
-	snprintf(shm_name, sizeof(shm_name), "/dev/shm/gpurestore-victim-%d", getpid());
+	name_shm();
 	fd = open(shm_name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 	MUST(fd >= 0 && !ftruncate(fd, 4 * PAGE));
 	linked = map_shared(fd, 4, 0);
