@@ -1,8 +1,6 @@
 """``python -m gpurestore``: the command line without an installed script."""
 
-import sys
-
-from gpurestore.cli import main
+from gpurestore.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
