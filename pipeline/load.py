@@ -10,7 +10,6 @@ from typing import Any
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.inventory import check_inventory
 from gpurestore.tasks import cores, cpu, memory, mm, pstree, shmem, vdso
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
@@ -73,10 +72,8 @@ class LoadedTree:
 
 
 def plugins_of(folder: ImageFolder) -> tuple[str, ...]:
-    """The device plugins that the dump used. Also the place where images of another version are refused."""
-    inventory = folder.read_one("inventory")
-    check_inventory(inventory)
-    return tuple(inventory.plugins_entry.plugins)
+    """The device plugins that the dump used."""
+    return tuple(folder.inventory.plugins_entry.plugins)
 
 
 def load(folder: ImageFolder, openers: Openers | None = None) -> LoadedTree:

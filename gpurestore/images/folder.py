@@ -15,7 +15,7 @@ from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import manifest as manifests
 from gpurestore.images.container import check_head, damaged, decode_image, decode_record, decode_records
 from gpurestore.images.hashing import Cancel, hash_files, open_regular
-from gpurestore.images.inventory import check_inventory
+from gpurestore.images.inventory import RUN_ID, check_inventory
 from gpurestore.images.magic import KINDS, PAYLOAD_FILE, parse_file_name
 from gpurestore.images.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 
@@ -55,6 +55,10 @@ class ImageFolder:
             self.inventory = self.read_one("inventory")
             with self._named():
                 check_inventory(self.inventory)
+                if self.manifest is None and self.inventory.dump_criu_run_id == RUN_ID:
+                    raise ImageError(
+                        f"{MANIFEST_NAME}: missing; it holds checksums, and facts without which a restore errs"
+                    )
         except BaseException:
             os.close(self._dir_fd)
             raise

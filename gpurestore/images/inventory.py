@@ -8,6 +8,9 @@ from gpurestore.errors import ImageError
 from gpurestore.images import pb
 from gpurestore.images.magic import IMAGE_VERSION
 
+# Where CRIU keeps an id of the run, which it only uses for locked networks: marks a folder that must have a manifest.
+RUN_ID = "gpurestore"
+
 
 def build_inventory(
     root_ids: pb.task_kobj_ids_entry,
@@ -29,6 +32,7 @@ def build_inventory(
         lsmtype=pb.NO_LSM,
         network_lock_method=0,
         root_ids=root_ids,
+        dump_criu_run_id=RUN_ID,
     )
     entry.plugins_entry.SetInParent()
     entry.plugins_entry.plugins.extend(plugins)

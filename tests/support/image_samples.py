@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import pb
+from gpurestore.images.container import encode_image
 from gpurestore.images.inventory import build_inventory
+from gpurestore.images.magic import KINDS
 from gpurestore.images.manifest import PluginRecord
 from gpurestore.images.pagemap import PRESENT, write_pagemap
 from gpurestore.images.writer import ImageWriter
@@ -116,6 +118,15 @@ def make(path: Path) -> Path:
     with ImageWriter(path) as writer:
         fill(writer)
         writer.commit(sync=False)
+    return path
+
+
+def like_criu(path: Path) -> Path:
+    """Turn a dump of ours into what CRIU writes: no manifest, and another run's id."""
+    (path / "gpurestore.json").unlink(missing_ok=True)
+    inventory = build_inventory(ids(), ["softaccel"])
+    inventory.dump_criu_run_id = "another tool"
+    (path / "inventory.img").write_bytes(encode_image(KINDS["inventory"], [inventory]))
     return path
 
 

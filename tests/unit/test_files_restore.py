@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import image_samples
 
 from gpurestore.batch import Call, Data
 from gpurestore.errors import Finding, GpurestoreError, ImageError
@@ -478,7 +479,7 @@ def test_a_damaged_ghost_is_named(life: Round, tmp_path: Path) -> None:
 
 def rewrite(path: Path, kind: str, messages: list) -> ImageFolder:
     """Replace an image, and drop the manifest that would notice."""
-    (path / "gpurestore.json").unlink(missing_ok=True)
+    image_samples.like_criu(path)
     (path / KINDS[kind].file_name()).write_bytes(encode_image(KINDS[kind], messages))
     return open_folder(path)
 

@@ -346,7 +346,7 @@ def test_a_flipped_bit_anywhere_in_any_file_is_found(images):
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_any_bytes_in_any_files_of_a_foreign_dump_are_an_image_error_or_valid(images, data):
-    (images / "gpurestore.json").unlink(missing_ok=True)
+    samples.like_criu(images)
     name = data.draw(st.sampled_from([n for n in _names(images) if not n.startswith("pages-")]))
     path = images / name
     before = path.read_bytes()
@@ -377,7 +377,7 @@ def test_other_files_may_lie_beside_the_images(images):
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
 def test_what_is_no_regular_file_is_neither_followed_nor_waited_for(images, kind):
-    (images / "gpurestore.json").unlink()
+    samples.like_criu(images)
     path = images / "pstree.img"
     path.unlink()
     match kind:
@@ -395,14 +395,14 @@ def test_what_is_no_regular_file_is_neither_followed_nor_waited_for(images, kind
 
 
 def test_an_absurdly_large_image_is_refused_unread(images):
-    (images / "gpurestore.json").unlink()
+    samples.like_criu(images)
     os.truncate(images / "mm-4242.img", 1 << 40)
     with ImageFolder(images) as folder, pytest.raises(ImageError, match="1099511627776 bytes are too many"):
         folder.read("mm", samples.ROOT_PID)
 
 
 def test_a_dump_of_criu_has_no_manifest(tmp_path):
-    (tmp_path / "inventory.img").write_bytes(encode_image(KINDS["inventory"], [build_inventory(samples.ids())]))
+    samples.like_criu(tmp_path)
     (tmp_path / "dump.log").touch()
     with ImageFolder(tmp_path) as folder:
         assert folder.manifest is None
@@ -425,7 +425,7 @@ def test_the_chunks_of_a_ghost_file_are_found_and_checked(tmp_path):
     for offset, content in ((0, b"abc"), (8192, b"x" * 100)):
         body = pb.ghost_chunk_entry(len=len(content), off=offset).SerializeToString()
         chunks += len(body).to_bytes(4, "little") + body + content
-    (tmp_path / "inventory.img").write_bytes(encode_image(KINDS["inventory"], [build_inventory(samples.ids())]))
+    samples.like_criu(tmp_path)
     path = tmp_path / "ghost-file-2.img"
     path.write_bytes(head + chunks)
     with ImageFolder(tmp_path) as folder:
@@ -464,3 +464,10 @@ def test_the_first_failure_of_a_thread_ends_the_others():
     with pytest.raises(ImageError, match="first"):
         hashing.run_in_threads([fail, *[lambda: done.append(1)] * 1000], 1)
     assert done == []
+
+
+def test_a_dump_of_ours_without_its_manifest_is_not_taken_for_one_of_criu(tmp_path):
+    folder = samples.make(tmp_path / "images")
+    (folder / "gpurestore.json").unlink()
+    with pytest.raises(ImageError, match=r"gpurestore\.json: missing"):
+        ImageFolder(folder)
