@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml setup.py | prerequisites
 # The editable install builds the core too; afterwards only what changed is built again.
 build: $(STAMP)
 	@$(PY) setup.py --quiet build_ext --inplace
+	@$(PY) -m compileall -q gpurestore pipeline devplugins
 
 demo: build
 	@$(PY) -m gpurestore demo

@@ -117,12 +117,13 @@ class _Restore:
     async def prepare(self, folder: ImageFolder, shell_job: bool, verify: bool) -> LoadedTree:
         """Load, verify and check. Nothing is created."""
         faults.point("restore.start")
-        async with self._spans.span("load"):
-            tree = await self._run(load.load, folder, self._devices)
         if verify:
+            # Before anything is read: damage is told by the name of the file, not by what it made of the others.
             async with self._spans.span("verify") as span:
                 await self._run(partial(folder.verify, self._stages.jobs, self._is_cancelled))
                 span.set(bytes=sum(folder.files().values()))
+        async with self._spans.span("load"):
+            tree = await self._run(load.load, folder, self._devices)
         faults.point("restore.loaded")
         async with self._spans.span("check"):
             self._restorer = await self._run(Restorer.here)
