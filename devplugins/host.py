@@ -337,7 +337,8 @@ class PluginHost:
             if scope.cancelled_caught:
                 self._log.error("plugin %s: exit did not come back within %g s", plugin.name, self._timeout(None))
         except Exception as error:
-            self._log.error("plugin %s: exit failed", plugin.name, exc_info=error)
+            self._log.error("plugin %s: exit failed: %s: %s", plugin.name, type(error).__name__, error)
+            self._log.debug("plugin %s: exit failed", plugin.name, exc_info=error)
 
 
 async def _wait_until_idle(plugin: LoadedPlugin) -> None:

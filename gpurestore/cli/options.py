@@ -112,15 +112,17 @@ def seconds(text: str) -> float:
 def set_up_log(log_file: Path | None, verbose: int) -> None:
     """Send the log to ``log_file``, or to stderr where that is asked for by ``-v``.
 
-    A file gets at least what is done; stderr gets warnings only, unless there is a ``-v``.
+    A file gets at least what is done; stderr gets warnings only, unless there is a ``-v``, and no traceback: what a
+    traceback belongs to is told by the one line with which a command fails.
     """
-    if log_file is None and not verbose:
-        return  # warnings still reach stderr through logging's last resort
     import logging
 
     handler: logging.Handler
     if log_file is None:
         handler = logging.StreamHandler(sys.stderr)
+        if not verbose:
+            handler.setLevel(logging.WARNING)
+            handler.addFilter(lambda record: not record.exc_info)
     else:
         try:
             handler = logging.FileHandler(log_file, mode="w")

@@ -230,3 +230,14 @@ def test_ctrl_c_in_a_hook_undoes_everything(tool: Tool, victims: Victims, folder
     assert not (folder / "images").exists()
     victim.expect_running()
     victim.finish()
+
+
+def test_a_failing_hook_is_one_line_where_no_log_was_asked_for(
+    tool: Tool, victims: Victims, folder: Path, recorded: Recorded
+) -> None:
+    victim = victims.start("idle")
+    env = recorded.env(FAIL="CHECKPOINT_DEVICES")
+    outcome = tool.run("dump", "-t", str(victim.pid), "-D", folder / "images", *recorded.options, env=env).expect(1)
+    assert "CHECKPOINT_DEVICES was told to fail" in outcome.one_line()
+    victim.expect_running()
+    victim.finish()
