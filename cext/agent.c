@@ -21,7 +21,7 @@ _Static_assert(sizeof(struct gr_slot) <= GR_SLOT_BATCH_OFFSET, "slot words and b
 /*
  * Entries. SERVE: rdi = slot; never returns. ONCE: rdi = slot, rsi = signal frame; runs the slot's batch, tells the
  * tracer by a getpid with a marker, and, when there is no tracer (any more), leaves through the signal frame, which
- * holds the task's registers from before. SYSCALL: one system call with the registers as they are.
+ * holds the task's registers from before.
  */
 __asm__(".pushsection .text.start, \"ax\", @progbits\n"
 	".globl gr_agent_start\n"
@@ -38,9 +38,6 @@ __asm__(".pushsection .text.start, \"ax\", @progbits\n"
 	"	mov $15, %eax\n"     /* rt_sigreturn */
 	"	syscall\n"
 	"	ud2\n"
-	"	.org gr_agent_start + " STR(GR_ENTRY_SYSCALL) ", 0xcc\n"
-	"	syscall\n"
-	"	int3\n"
 	".popsection\n");
 
 static inline int64_t syscall6(uint64_t nr, const uint64_t *args)
