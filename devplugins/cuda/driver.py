@@ -247,8 +247,8 @@ class Driver:
             self.require_checkpoint()
         function = getattr(self._lib, name)
         code = function(pid, argument)
-        if code == NOT_INITIALIZED and not self._initialised:
-            self.init()
+        if code == NOT_INITIALIZED:
+            self.init()  # also where another thread did it since this call began
             code = function(pid, argument)
         log.debug("%s(pid %d): %d", name, pid, code)
         if code:

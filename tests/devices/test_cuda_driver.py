@@ -66,6 +66,38 @@ def test_the_driver_initialises_itself_when_a_restore_wants_it(fake: FakeCuda) -
     assert [name for name, _, _ in fake.calls()] == ["lock", "checkpoint", "restore", "init", "restore"]
 
 
+def test_a_call_that_another_threads_initialisation_overtook_is_made_again(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = fake.start()
+    driver = Driver(str(fake.library))
+    driver.lock(pid, 1000)
+    driver.checkpoint(pid)
+    restore = driver._lib.cuCheckpointProcessRestore
+    answers = []
+
+    def overtaken(*args: object) -> int:
+        answers.append(restore(*args))
+        if len(answers) == 1:
+            driver.init()
+        return answers[-1]
+
+    monkeypatch.setattr(driver, "_lib", _Overlay(driver._lib, cuCheckpointProcessRestore=overtaken))
+    driver.restore(pid)
+    assert answers == [driver_module.NOT_INITIALIZED, 0]
+
+
+class _Overlay:
+    """A library with some functions of our own."""
+
+    def __init__(self, library: object, **functions: object) -> None:
+        self._library = library
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._library, name)
+
+
 def test_calls_in_the_wrong_state_are_errors_in_words(fake: FakeCuda) -> None:
     pid = fake.start()
     driver = Driver(str(fake.library))
