@@ -7,59 +7,24 @@ are there. Only the release waits for everybody.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import trio
 
 from gpurestore import core, faults
 from gpurestore.batch import Call
-from gpurestore.errors import CancelledError, CoreError, GpurestoreError, NeedsPersonError
+from gpurestore.errors import CancelledError, GpurestoreError, NeedsPersonError
 from gpurestore.pipeline.devices import Devices
+from gpurestore.pipeline.filling import THREAD_FLAGS, Filling
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
 from gpurestore.pipeline.plan import RestorePlan, TaskPlan
 from gpurestore.pipeline.stages import Stages
-from gpurestore.pipeline.trace import WORKER_TRACK, Span
 from gpurestore.syscalls import NR
-from gpurestore.tasks import memory, shmem
+from gpurestore.tasks import shmem
 from gpurestore.tasks.pstree import Birth, Run
 from gpurestore.tasks.restorer import Restorer
-
-# clone(2): what makes a thread
-_THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000
-_EEXIST = 17
-
-
-class PagesFiles:
-    """The pages files of all tasks, at descriptor numbers that no task needs, for the tasks to inherit."""
-
-    def __init__(self, tree: LoadedTree) -> None:
-        self._tree = tree
-        self._fds: dict[int, int] = {}
-
-    def __enter__(self) -> dict[int, int]:
-        keep_from = self._tree.files.keep_from
-        try:
-            for pid, task in self._tree.tasks.items():
-                if task.pages.total_bytes:
-                    with memory.open_pages(self._tree.folder, task.pages) as pages:
-                        self._fds[pid] = fcntl.fcntl(pages.fileno(), fcntl.F_DUPFD_CLOEXEC, keep_from)
-        except BaseException:
-            self.close()
-            raise
-        return self._fds
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close them here."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
 
 
 class Making:
@@ -76,9 +41,10 @@ class Making:
         tracer: core.Tracer,
         pages: dict[int, int],
     ) -> None:
-        self._stages, self._devices, self._pid_max = stages, devices, restorer.pid_max
+        self._stages, self._devices = stages, devices
         self._tree, self._plan = tree, planned
-        self._region, self._tracer, self._pages = region, tracer, pages
+        self._region, self._tracer = region, tracer
+        self._filling = Filling(stages, restorer.pid_max, tree, planned, region, tracer, pages)
         self._run = stages.blocking.run
         self._cancel = stages.blocking.cancel
         self._born: list[int] = []
@@ -171,8 +137,7 @@ class Making:
         faults.point("restore.mapped")
         async with self._stages.stage("threads", task=task.pid):
             await self._run(self._make_threads, loaded)
-        if loaded.pages.total_bytes:
-            await self._fill(loaded)
+        await self._filling.task(loaded)
         faults.point("restore.memory")
         async with self._stages.stage("protections", task=task.pid):
             await self._run(self._call, task.pid, task.finish)
@@ -180,68 +145,10 @@ class Making:
     def _make_threads(self, loaded: LoadedTask) -> None:
         parent = (loaded.pid, self._plan.slots[loaded.pid])
         for tid in loaded.tids[1:]:
-            self._tracer.clone(self._region, parent, tid, self._plan.slots[tid], flags=_THREAD_FLAGS)
-
-    async def _fill(self, loaded: LoadedTask) -> None:
-        """Bring a task's memory in, by threads of the task itself: its own, and workers where those are too few."""
-        pages = loaded.pages
-        async with self._stages.stage(
-            "memory", task=loaded.pid, total=pages.total_bytes, gauge=lambda: pages.done_bytes
-        ) as span:
-            workers = await self._run(self._make_workers, loaded)
-            servers = [(tid, self._plan.slots[tid]) for tid in loaded.tids] + workers
-            nr = max(1, min(self._stages.jobs, pages.nr_chunks, len(servers)))
-            async with trio.open_nursery() as nursery:
-                for number, (tid, slot) in enumerate(servers[:nr], 1):
-                    nursery.start_soon(self._pump, loaded, slot, tid, number, span)
-            await self._run(self._end_workers, workers)
-            span.set(bytes=pages.total_bytes)
-
-    async def _pump(self, loaded: LoadedTask, slot: int, tid: int, number: int, memory_span: Span) -> None:
-        track = f"{memory_span.track}{WORKER_TRACK}{number}"
-        async with self._stages.memory_workers, self._stages.spans.span("pump", track=track, part_of=memory_span):
-            await self._run(loaded.pages.run, self._region, slot, tid, self._pages[loaded.pid], self._cancel)
-
-    def _make_workers(self, loaded: LoadedTask) -> list[tuple[int, int]]:
-        """Extra threads, with ids that nobody will need."""
-        parent = (loaded.pid, self._plan.slots[loaded.pid])
-        workers = []
-        for slot in self._plan.workers[loaded.pid]:
-            tid = self._clone_anywhere(parent, slot)
-            workers.append((tid, slot))
-        return workers
-
-    def _clone_anywhere(self, parent: tuple[int, int], slot: int) -> int:
-        # High ids are the least likely to be in use; each slot begins at its own, so that tasks do not compete.
-        tid = self._pid_max - 1 - slot
-        while tid > 300:
-            if tid not in self._plan.slots:
-                try:
-                    self._tracer.clone(self._region, parent, tid, slot, flags=_THREAD_FLAGS)
-                    return tid
-                except CoreError as error:
-                    if error.errno != _EEXIST:
-                        raise
-            tid -= self._plan.nr_slots
-        raise GpurestoreError(f"task {parent[0]}: no thread id is free for a memory worker; raise kernel.pid_max")
-
-    def _end_workers(self, workers: list[tuple[int, int]]) -> None:
-        for tid, slot in workers:
-            self._region.post(slot, [Call(NR.EXIT, (0,), "worker ends")])
-            self._tracer.await_exit(tid)
+            self._tracer.clone(self._region, parent, tid, self._plan.slots[tid], flags=THREAD_FLAGS)
 
     async def _fill_shared(self, stage: shmem.Stage) -> None:
-        if self._tree.shared:
-            async with self._stages.stage("shared memory") as span:
-                fill = partial(
-                    stage.fill,
-                    self._tree.folder,
-                    self._tree.shared,
-                    self._plan.staging,
-                    jobs=self._stages.jobs,
-                    cancel=self._cancel,
-                )
-                span.set(bytes=await self._run(fill))
+        await self._filling.shared(stage)
         self._shared_filled.set()
 
     def _finish_task(self, task: TaskPlan) -> None:

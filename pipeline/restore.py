@@ -21,8 +21,9 @@ from gpurestore.images.folder import ImageFolder
 from gpurestore.pipeline import load, plan
 from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.devices import Devices, PluginSettings
+from gpurestore.pipeline.filling import PagesFiles
 from gpurestore.pipeline.load import LoadedTree
-from gpurestore.pipeline.making import Making, PagesFiles
+from gpurestore.pipeline.making import Making
 from gpurestore.pipeline.operation import operation
 from gpurestore.pipeline.plan import RestorePlan
 from gpurestore.pipeline.stages import Stages

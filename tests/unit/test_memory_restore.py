@@ -23,6 +23,7 @@ from gpurestore.images.folder import ImageFolder
 from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, Pagemap, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.tasks import maps, memory, vmaflags
+from gpurestore.tasks.memory import filling
 
 BASE = 0x10_0000_0000
 MIB = 1 << 20
@@ -123,7 +124,7 @@ def test_every_page_arrives_at_its_address(
     start = map_memory(at)
     folder = tmp_path_factory.mktemp("pump")
     with images(folder, runs) as found:
-        made = memory._plan(found, "pagemap", 1, array("Q", [0]), array("Q", [at]), b"\0", chunk_bytes)
+        made = filling._plan(found, "pagemap", 1, array("Q", [0]), array("Q", [at]), b"\0", chunk_bytes)
         with memory.open_pages(found, made) as pages:
             made.fill(start, pages.fileno(), jobs=2)
     memory_now = ctypes.string_at(start, at)
@@ -255,7 +256,7 @@ def test_exactly_what_fits_is_accepted(
     starts, ends = (array("Q", [r[i] * PAGE for r in ranges]) for i in (0, 1))
     kinds = bytes(kind for *_, kind in ranges)
     try:
-        memory._create_queue(pagemap, (starts, ends, kinds), file_pages * PAGE, PAGE, "pagemap-1.img")
+        filling._create_queue(pagemap, (starts, ends, kinds), file_pages * PAGE, PAGE, "pagemap-1.img")
         accepted = True
     except ImageError:
         accepted = False
@@ -276,7 +277,7 @@ def test_no_number_makes_the_queue_wrap_around(
     pagemap = Pagemap(1, vaddrs, nr_pages, array("I", [PRESENT] * nr), present_pages=0, ascending=False)
     ranges = array("Q", [0]), array("Q", [end // PAGE * PAGE]), b"\1"
     try:
-        memory._create_queue(pagemap, ranges, file_bytes, chunk_bytes, "pagemap-1.img")
+        filling._create_queue(pagemap, ranges, file_bytes, chunk_bytes, "pagemap-1.img")
     except ImageError:
         return
     assert sum(nr_pages) * PAGE <= file_bytes

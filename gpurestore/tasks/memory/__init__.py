@@ -1,0 +1,47 @@
+"""The content of memory: which pages a dump stores, how they get into a pages image, and how they come back.
+
+A pages image belongs to one pagemap: that of a task (its private memory) or that of an object (shared anonymous memory,
+a memfd), whose "addresses" are offsets. All bytes move in C, several threads at a time, with the GIL released.
+"""
+
+from gpurestore.tasks.memory.filling import (
+    PagePlan,
+    fill_file,
+    open_pages,
+    plan_object,
+    plan_pages,
+    read_page_bytes,
+)
+from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs
+from gpurestore.tasks.memory.saving import (
+    GUARD,
+    IOCTL,
+    READ,
+    STORED,
+    PagesFile,
+    dump,
+    save_object,
+    scan,
+    select,
+)
+
+__all__ = [
+    "GUARD",
+    "IOCTL",
+    "READ",
+    "STORED",
+    "PagePlan",
+    "PageRuns",
+    "PagesFile",
+    "Progress",
+    "default_jobs",
+    "dump",
+    "fill_file",
+    "open_pages",
+    "plan_object",
+    "plan_pages",
+    "read_page_bytes",
+    "save_object",
+    "scan",
+    "select",
+]

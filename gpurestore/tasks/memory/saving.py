@@ -1,0 +1,156 @@
+"""The dump's half: which pages are stored, and how they get into a pages image."""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gpurestore.core import Cancel, check, ffi, lib, new_error
+from gpurestore.errors import CoreError
+from gpurestore.images import pb
+from gpurestore.images.magic import pages_file_name
+from gpurestore.images.pagemap import PRESENT, write_pagemap
+from gpurestore.tasks import vmaflags
+from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs, u64
+
+if TYPE_CHECKING:
+    from gpurestore.images.writer import ImageWriter
+
+STORED, GUARD = 0, 1  # enum gr_scan_what
+AUTO, IOCTL, READ = 0, 1, 2  # enum gr_scan_how
+
+
+def scan(
+    pid: int, ranges: Sequence[pb.vma_entry], what: int, cancel: Cancel | None = None, how: int = AUTO
+) -> PageRuns:
+    """The pages of a frozen task that are ``what`` (STORED, GUARD) in ``ranges``, which must be ascending."""
+    err, out = new_error(), ffi.new("struct gr_page_runs *")
+    starts, ends = array("Q", [r.start for r in ranges]), array("Q", [r.end for r in ranges])
+    flag = cancel.flag if cancel else ffi.NULL
+    check(lib.gr_pagescan(pid, u64(starts), u64(ends), len(ranges), what, how, flag, out, err), err)
+    try:
+        runs = PageRuns()
+        runs.vaddrs.frombytes(ffi.buffer(out.vaddrs, out.nr_runs * 8) if out.nr_runs else b"")
+        runs.nr_pages.frombytes(ffi.buffer(out.nr_pages, out.nr_runs * 8) if out.nr_runs else b"")
+        return runs
+    finally:
+        lib.gr_page_runs_destroy(out)
+
+
+def select(pid: int, mm: pb.mm_entry, cancel: Cancel | None = None) -> PageRuns:
+    """The pages of a frozen task that its images must hold: its private ones, and those of the vdso, as CRIU does."""
+    private = [vma for vma in mm.vmas if vmaflags.is_private(vma) and not vma.flags & vmaflags.MAP_DROPPABLE]
+    runs = scan(pid, private, STORED, cancel)
+    for vma in mm.vmas:
+        if vma.status & vmaflags.VDSO:
+            runs.insert(vma.start, (vma.end - vma.start) // PAGE_BYTES)
+    return runs
+
+
+def dump(
+    writer: ImageWriter,
+    pid: int,
+    mm: pb.mm_entry,
+    pages_id: int,
+    *,
+    jobs: int | None = None,
+    cancel: Cancel | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write ``pagemap-PID.img`` and ``pages-PAGES_ID.img`` of a frozen task; returns the bytes of its pages."""
+    runs = select(pid, mm, cancel)
+    pages = PagesFile(writer, pages_id, jobs, cancel, progress)
+    pages.add_from_task(pid, runs)
+    pages.finish("pagemap", pid, runs)
+    return pages.size
+
+
+def save_object(
+    writer: ImageWriter,
+    ident: int,
+    fd: int,
+    size: int,
+    pages_id: int,
+    *,
+    jobs: int | None = None,
+    cancel: Cancel | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write an object of shared memory that lies behind ``fd``, without its holes; returns the bytes stored.
+
+    An object without any bytes has no images, as with CRIU.
+    """
+    if size == 0:
+        return 0
+    runs = file_extents(fd, size)
+    pages = PagesFile(writer, pages_id, jobs, cancel, progress)
+    pages.add_from_file(fd, runs)
+    pages.finish("pagemap-shmem", ident, runs)
+    return pages.size
+
+
+def file_extents(fd: int, size: int) -> PageRuns:
+    """The pages of an object that are there, in memory or swapped out. Moves the position of ``fd``."""
+    runs = PageRuns()
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA) // PAGE_BYTES * PAGE_BYTES
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole up to the end
+                break
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start >= end:
+            break
+        nr_pages = -(-(end - start) // PAGE_BYTES)
+        runs.vaddrs.append(start)
+        runs.nr_pages.append(nr_pages)
+        offset = start + nr_pages * PAGE_BYTES
+    return runs
+
+
+class PagesFile:
+    """A pages image in the making: runs are written one behind the other, each by several threads."""
+
+    def __init__(
+        self, writer: ImageWriter, pages_id: int, jobs: int | None, cancel: Cancel | None, progress: Progress | None
+    ) -> None:
+        self._writer, self._pages_id, self._jobs = writer, pages_id, jobs or default_jobs()
+        self._cancel, self._progress = cancel, progress
+        self._name = pages_file_name(pages_id)
+        self._fd = writer.open_raw(self._name)
+        self.size = 0
+
+    def add_from_task(self, pid: int, runs: PageRuns) -> None:
+        """Append pages of a frozen task."""
+        self._add(pid, -1, runs)
+
+    def add_from_file(self, fd: int, runs: PageRuns) -> None:
+        """Append pages of an object, at the offsets that ``runs`` give."""
+        self._add(0, fd, runs)
+
+    def _add(self, pid: int, fd: int, runs: PageRuns) -> None:
+        err = new_error()
+        source = ffi.new("struct gr_pages_source *", {"pid": pid, "source_fd": fd})
+        flag = self._cancel.flag if self._cancel else ffi.NULL
+        done = self._progress.counter if self._progress else ffi.NULL
+        runs_args = u64(runs.vaddrs), u64(runs.nr_pages), len(runs)
+        result = lib.gr_pages_out(source, *runs_args, self._fd, self.size, self._jobs, flag, done, err)
+        try:
+            check(result, err)
+        except CoreError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                cause = OSError(error.errno, os.strerror(error.errno))
+                raise self._writer.disk_error(cause, self._name, runs.total_bytes) from error
+            raise
+        self.size += runs.total_bytes
+
+    def finish(self, kind: str, ident: int, runs: PageRuns) -> None:
+        """Write the pagemap that says where the pages belong. ``runs`` are all that were added, in that order."""
+        flags = array("I", [PRESENT]) * len(runs)
+        write_pagemap(self._writer, kind, ident, self._pages_id, runs.vaddrs, runs.nr_pages, flags)
