@@ -24,7 +24,6 @@ from gpurestore.errors import (
     HookError,
     PluginInitError,
     PluginLoadError,
-    PluginMissingError,
     PluginUnloadError,
 )
 
@@ -167,12 +166,9 @@ class PluginHost:
         missing = [name for name in names if name not in there]
         if not missing:
             return
-        reasons = [f"{name} ({self._idle[name]})" if name in self._idle else name for name in missing]
-        have = ", ".join(plugin.name for plugin in self.plugins) or "none"
-        raise PluginMissingError(
-            f"the images need plugins that are not there: {', '.join(reasons)}; there are: {have}. Name their folder "
-            "with -L, and see 'gpurestore plugins'"
-        )
+        from gpurestore.devplugins.load import missing_plugins
+
+        raise missing_plugins(missing, [plugin.name for plugin in self.plugins], self._idle)
 
     # ---- what there is
 

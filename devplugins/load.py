@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gpurestore.devplugins.loaded import LoadedPlugin
 from gpurestore.errors import (
     PluginError,
     PluginLoadError,
+    PluginMissingError,
     PluginNameError,
     PluginRefusedError,
     PluginSymbolError,
@@ -118,6 +120,50 @@ def unload_all(plugins: list[LoadedPlugin]) -> list[PluginUnloadError]:
     return errors
 
 
+def preview(libdir: Path | None, needed: Collection[str]) -> list[PluginInfo]:
+    """The plugins that a restore of images which name ``needed`` would load; none is initialised.
+
+    Raises as the restore would. Whether a C plugin serves images under another name than its own only its init tells.
+    """
+    found = find(libdir)
+    with hosted(found):
+        loaded = load_all(found, HOST_CAPABILITIES, needed)
+        try:
+            rows = [_describe(plugin, False, lambda _: None) for plugin in loaded.plugins]
+            there = {name for plugin in loaded.plugins for name in (plugin.name, *plugin.aliases)}
+            missing = [name for name in needed if name not in there]
+            if missing and not any(plugin.exclusive for plugin in loaded.plugins):
+                raise missing_plugins(missing, [plugin.name for plugin in loaded.plugins], loaded.idle)
+        finally:
+            unload_all(loaded.plugins)
+    return rows
+
+
+def missing_plugins(names: Iterable[str], there: Iterable[str], idle: Mapping[str, str]) -> PluginMissingError:
+    """The images need ``names``; ``there`` take part, and ``idle`` says why others do not."""
+    reasons = [f"{name} ({idle[name]})" if name in idle else name for name in names]
+    return PluginMissingError(
+        f"the images need plugins that are not there: {', '.join(reasons)}; there are: {', '.join(there) or 'none'}. "
+        "Name their folder with -L, and see 'gpurestore plugins'"
+    )
+
+
+@contextmanager
+def hosted(found: Iterable[Found]) -> Iterator[None]:
+    """The host of C plugins, where there are any, for plugins that are only looked at."""
+    if not has_c(found):
+        yield
+        return
+    from gpurestore.devplugins.cplugin import CHost
+
+    host = CHost()
+    host.begin()
+    try:
+        yield
+    finally:
+        host.end()
+
+
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
     """A line of ``gpurestore plugins``. ``state`` is loaded, idle (cannot matter here) or failed; ``why`` says more."""
@@ -137,16 +183,8 @@ class PluginInfo:
 def survey(libdir: Path | None, offered: Capability = HOST_CAPABILITIES) -> list[PluginInfo]:
     """Load everything that can be found, each for itself, say what it is, and unload it. No init is called."""
     found = find(libdir)
-    if not has_c(found):
+    with hosted(found):
         return _survey(found, offered)
-    from gpurestore.devplugins.cplugin import CHost
-
-    host = CHost()
-    host.begin()
-    try:
-        return _survey(found, offered)
-    finally:
-        host.end()
 
 
 def _survey(found: Iterable[Found], offered: Capability) -> list[PluginInfo]:

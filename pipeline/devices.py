@@ -6,9 +6,10 @@ Every moment ends in a hook of the plugins (devplugins/api.py). Without plugins 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from gpurestore.errors import GpurestoreError
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.writer import ImageWriter
 from gpurestore.pipeline.blocking import Blocking
-from gpurestore.pipeline.trace import Trace
+from gpurestore.pipeline.graph import Node, PluginFacts
+from gpurestore.pipeline.trace import Span, Trace
+from gpurestore.pipeline.walk import Walk
 from gpurestore.tasks.external import Claim, Redirect, RetryFile
+
+log = logging.getLogger("gpurestore.plugin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,11 @@ def _running_thread(
     return running_thread
 
 
+def _no_span(*_: object, **__: object) -> AbstractAsyncContextManager[None]:
+    """The stage has its span already."""
+    return nullcontext()
+
+
 class _Cancelled:
     """Whether hooks are to end early. Those that undo are not, however the operation ended."""
 
@@ -70,24 +80,11 @@ class Devices:
     def __init__(self, settings: PluginSettings, spans: Trace, context: HookContext, is_cancelled: _Cancelled) -> None:
         self._host = PluginHost(settings.libdir, settings.options, settings.hook_timeout_s)
         self._spans, self._context, self._is_cancelled = spans, context, is_cancelled
-        self._ready: dict[int, trio.Event] = {}
-        self._turn: trio.CapacityLimiter | None = None
         self._tracers: list[core.Tracer] = []
 
     def use_tracer(self, tracer: core.Tracer) -> None:
         """Whoever holds the tasks of a restore: it is made after the plugins were loaded."""
         self._tracers[:] = [tracer]
-
-    def take_turns(self, turn: trio.CapacityLimiter) -> None:
-        """Every hook of a restore waits for ``turn`` before it runs."""
-        self._turn = turn
-
-    async def _run_in_turn(self, plugin: Any, hook: Hook, *args: object) -> None:
-        if self._turn is None:
-            await self._host.run_one(plugin, hook, *args)
-            return
-        async with self._turn:
-            await self._host.run_one(plugin, hook, *args)
 
     @classmethod
     def for_dump(
@@ -139,12 +136,14 @@ class Devices:
         return devices
 
     @asynccontextmanager
-    async def session(self, needed: Sequence[str] | None = None) -> AsyncIterator[Devices]:
-        """Load and initialise; whatever happens inside, every plugin's exit gets the true result.
+    async def session(
+        self, needed: Sequence[str] | None = None, stage: AbstractAsyncContextManager[Any] | None = None
+    ) -> AsyncIterator[Devices]:
+        """Load and initialise, as ``stage``; whatever happens inside, every plugin's exit gets the true result.
 
         ``needed`` are the plugins that the images name: one that is not there is an error. None: a dump, all take part.
         """
-        async with self._spans.span("plugins"):
+        async with stage or self._spans.span("plugins"):
             await self._host.start(self._context, needed)
         result = -errno.EIO
         try:
@@ -216,9 +215,34 @@ class Devices:
 
     # ---- restore
 
-    async def restore_init(self) -> None:
-        """All plugins are loaded, nothing was created."""
-        await self._host.run_all(Hook.RESTORE_INIT)
+    @property
+    def facts(self) -> list[PluginFacts]:
+        """The plugins that take part, for the graph."""
+        return [PluginFacts(plugin.name, plugin.hooks) for plugin in self._host.plugins]
+
+    async def act(self, node: Node, _: Span | None = None) -> None:
+        """The stage of one plugin: a hook, for one task or for all."""
+        plugin = next(plugin for plugin in self._host.plugins if plugin.name == node.plugin)
+        args = () if node.pid is None else (node.pid,)
+        await self._host.run_one(plugin, Hook[node.name], *args, span=_no_span)
+
+    async def restore_init(self, walk: Walk) -> None:
+        """All plugins are loaded, nothing was created. All run to their end, then the first failure is raised."""
+        nodes = [node for node in walk.graph.nodes if node.name == Hook.RESTORE_INIT.name]
+        failures: dict[Node, GpurestoreError] = {}
+
+        async def act(node: Node, _: Span) -> None:
+            try:
+                await self.act(node)
+            except GpurestoreError as error:
+                failures[node] = error
+
+        await walk.run(nodes, act)
+        raised = [failures[node] for node in nodes if node in failures]
+        for error in raised[1:]:
+            log.error("%s", error)
+        if raised:
+            raise raised[0]
 
     def open_file(self, ident: int, claim: Claim) -> int:
         """tasks.external.Openers; called in a worker thread."""
@@ -238,29 +262,3 @@ class Devices:
             return None
         update: VmaUpdate = answer.value
         return Redirect(update.pgoff, update.fd)
-
-    def post_forking_plugins(self) -> Sequence[Any]:
-        """The plugins that have work beside the filling of tasks. Each must go through :meth:`post_forking`."""
-        plugins = self._host.plugins_with(Hook.POST_FORKING)
-        self._ready = {id(plugin): trio.Event() for plugin in plugins}
-        return plugins
-
-    async def post_forking(self, plugin: Any) -> None:
-        """Runs while tasks are filled; when it is done, tasks may get their devices back from this plugin."""
-        await self._run_in_turn(plugin, Hook.POST_FORKING)
-        self._ready[id(plugin)].set()
-
-    async def resume_late(self, pid: int) -> None:
-        """A task sits stopped at its last instruction, memory whole: each plugin gives it its devices as soon as the
-        plugin's own POST_FORKING is done."""
-        plugins = self._host.plugins_with(Hook.RESUME_DEVICES_LATE)
-        if not plugins:
-            return
-        async with trio.open_nursery() as nursery:
-            for plugin in plugins:
-                nursery.start_soon(self._resume_one, plugin, pid)
-
-    async def _resume_one(self, plugin: Any, pid: int) -> None:
-        if (ready := self._ready.get(id(plugin))) is not None:
-            await ready.wait()
-        await self._run_in_turn(plugin, Hook.RESUME_DEVICES_LATE, pid)

@@ -7,13 +7,15 @@ table fits on anybody's screen. The same shapes give the same bytes.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpurestore.errors import UsageError
+from gpurestore.errors import GpurestoreError, UsageError
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -211,3 +213,17 @@ def _font(size: float) -> FreeTypeFont | ImageFont:
 def label_that_fits(labels: Sequence[str], size: float, width: float) -> str:
     """The first of ``labels``, longest first, that is no wider than ``width``; empty if none."""
     return next((label for label in labels if text_width(label, size) <= width), "")
+
+
+# ---- files
+
+
+def write_picture(target: Path, data: bytes) -> None:
+    """Write a picture; the file is whole or as it was."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise GpurestoreError(f"cannot write the picture to {target}: {error.strerror}") from error

@@ -70,22 +70,18 @@ class Filling:
         self._run = stages.blocking.run
         self._cancel = stages.blocking.cancel
 
-    async def task(self, loaded: LoadedTask) -> None:
+    async def task(self, loaded: LoadedTask, span: Span) -> None:
         """Bring a task's memory in, by threads of the task itself: its own, and workers where those are too few."""
         pages = loaded.pages
-        if not pages.total_bytes:
-            return
-        async with self._stages.stage(
-            "memory", task=loaded.pid, total=pages.total_bytes, gauge=lambda: pages.done_bytes
-        ) as span:
-            workers = await self._run(self._make_workers, loaded)
-            servers = [(tid, self._plan.slots[tid]) for tid in loaded.tids] + workers
-            nr = max(1, min(self._stages.jobs, pages.nr_chunks, len(servers)))
-            async with trio.open_nursery() as nursery:
-                for number, (tid, slot) in enumerate(servers[:nr], 1):
-                    nursery.start_soon(self._pump, loaded, slot, tid, number, span)
-            await self._run(self._end_workers, workers)
-            span.set(bytes=pages.total_bytes)
+        span.watch(pages.total_bytes, lambda: pages.done_bytes)
+        workers = await self._run(self._make_workers, loaded)
+        servers = [(tid, self._plan.slots[tid]) for tid in loaded.tids] + workers
+        nr = max(1, min(self._stages.jobs, pages.nr_chunks, len(servers)))
+        async with trio.open_nursery() as nursery:
+            for number, (tid, slot) in enumerate(servers[:nr], 1):
+                nursery.start_soon(self._pump, loaded, slot, tid, number, span)
+        await self._run(self._end_workers, workers)
+        span.set(bytes=pages.total_bytes)
 
     async def _pump(self, loaded: LoadedTask, slot: int, tid: int, number: int, memory_span: Span) -> None:
         track = f"{memory_span.track}{WORKER_TRACK}{number}"
@@ -120,16 +116,14 @@ class Filling:
             self._region.post(slot, [Call(NR.EXIT, (0,), "worker ends")])
             self._tracer.await_exit(tid)
 
-    async def shared(self, stage: shmem.Stage) -> None:
+    async def shared(self, stage: shmem.Stage, span: Span) -> None:
         """Bring the content of all shared anonymous objects in, in this process."""
-        if self._tree.shared:
-            async with self._stages.stage("shared memory") as span:
-                fill = partial(
-                    stage.fill,
-                    self._tree.folder,
-                    self._tree.shared,
-                    self._plan.staging,
-                    jobs=self._stages.jobs,
-                    cancel=self._cancel,
-                )
-                span.set(bytes=await self._run(fill))
+        fill = partial(
+            stage.fill,
+            self._tree.folder,
+            self._tree.shared,
+            self._plan.staging,
+            jobs=self._stages.jobs,
+            cancel=self._cancel,
+        )
+        span.set(bytes=await self._run(fill))

@@ -1,13 +1,13 @@
 """The tasks of a restore, from the first fork to their release.
 
-Each task goes its way at its own pace: descriptors, mappings, threads, memory, state, and then it sits stopped at its
-last instruction. Device content comes back at the same time (POST_FORKING), and a task gets its devices as soon as both
-are there. Only the release waits for everybody.
+What happens when is in the graph (pipeline/graph.py): each task goes its way at its own pace - descriptors, mappings,
+threads, memory, state - and then sits stopped at its last instruction. Here is what each stage does.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from gpurestore.batch import Call
 from gpurestore.errors import CancelledError, GpurestoreError, NeedsPersonError
 from gpurestore.pipeline.devices import Devices
 from gpurestore.pipeline.filling import THREAD_FLAGS, Filling
-from gpurestore.pipeline.load import LoadedTask, LoadedTree
+from gpurestore.pipeline.graph import FORK, RELEASE, Node
+from gpurestore.pipeline.load import LoadedTree
 from gpurestore.pipeline.plan import RestorePlan, TaskPlan
 from gpurestore.pipeline.stages import Stages
+from gpurestore.pipeline.trace import Span
 from gpurestore.syscalls import NR
 from gpurestore.tasks import shmem
 from gpurestore.tasks.pstree import Birth, Run
@@ -48,21 +50,22 @@ class Making:
         self._run = stages.blocking.run
         self._cancel = stages.blocking.cancel
         self._born: list[int] = []
-        self._shared_filled = trio.Event()
+        self._released = False
+        self._of_task: dict[str, Callable[[TaskPlan], None]] = {
+            "descriptors": self._give_descriptors,
+            "mappings": self._map,
+            "threads": self._make_threads,
+            "protections": self._protect,
+            "state": self._finish_task,
+            "park": self._park,
+        }
 
-    async def run(self, stage: shmem.Stage, pidfile: Path | None) -> None:
+    async def run(self, shared: shmem.Stage, pidfile: Path | None) -> None:
         """Everything, up to the release of the tree."""
-        async with self._stages.stage("fork"):
-            await self._run(self._make_tree)
-        faults.point("restore.forked")
-        # Largest first: the last to end should be a small one.
-        by_size = sorted(self._plan.tasks.values(), key=lambda task: -self._tree.tasks[task.pid].pages.total_bytes)
-        async with trio.open_nursery() as nursery:
-            for plugin in self._devices.post_forking_plugins():
-                nursery.start_soon(self._devices.post_forking, plugin)
-            nursery.start_soon(self._fill_shared, stage)
-            for task in by_size:
-                nursery.start_soon(self._restore_task, task)
+        self._shared = shared
+        walk = self._stages.walk
+        nodes = walk.graph.nodes
+        await walk.run(nodes[nodes.index(FORK) : nodes.index(RELEASE)], self._act)
         faults.point("restore.parked")
         self._tree.files.seal()
         self._tree.files.close()
@@ -70,21 +73,24 @@ class Making:
             await self._run(write_pidfile, pidfile, self._tree.root_pid)
         # From here on nobody may interfere: part of a tree must not be left running.
         with trio.CancelScope(shield=True):
-            async with self._stages.stage("release"):
+            async with walk.stage(RELEASE):
                 await self._run(self._release)
 
-    async def _restore_task(self, task: TaskPlan) -> None:
-        """One task, from its empty address space to its last instruction, at its own pace."""
-        await self._build(task)
-        async with self._stages.stage("state", task=task.pid):
-            await self._run(self._finish_task, task)
-        faults.point("restore.finished")
-        async with self._stages.stage("park", task=task.pid):
-            await self._run(self._park, task)
-        # Shared memory is the task's memory, too.
-        await self._shared_filled.wait()
-        faults.point("restore.resume_devices")
-        await self._devices.resume_late(task.pid)
+    async def _act(self, node: Node, span: Span) -> None:
+        """One stage of the graph, when all that it needs is there."""
+        match node:
+            case Node(plugin=str()):
+                await self._devices.act(node)
+            case Node(name="memory", pid=int(pid)):
+                await self._filling.task(self._tree.tasks[pid], span)
+            case Node(name="shared memory"):
+                await self._filling.shared(self._shared, span)
+            case Node(name="fork"):
+                await self._run(self._make_tree)
+            case Node(name=name, pid=int(pid)):
+                await self._run(self._of_task[name], self._plan.tasks[pid])
+            case _:
+                raise ValueError(f"nobody knows how to do the stage {node}")
 
     # ---- the tree
 
@@ -94,7 +100,14 @@ class Making:
             self._region.run(self._plan.slots[tid], tid, calls, self._cancel)
 
     def _make_tree(self) -> None:
-        for step in self._plan.tree.steps:
+        self._walk_tree(self._plan.tree.steps)
+        # Children first: a parent that ended before would leave them to somebody else.
+        for run in reversed(self._plan.tree.zombies):
+            self._end(run.pid, run.calls)
+        faults.point("restore.forked")
+
+    def _walk_tree(self, steps: Iterable[Birth | Run]) -> None:
+        for step in steps:
             if self._cancel.is_set:
                 raise CancelledError("cancelled while the tree was made")
             match step:
@@ -102,9 +115,6 @@ class Making:
                     self._give_birth(step)
                 case Run(pid=pid, calls=calls, exits=exits):
                     self._end(pid, calls) if exits else self._call(pid, list(calls))
-        # Children first: a parent that ended before would leave them to somebody else.
-        for run in reversed(self._plan.tree.zombies):
-            self._end(run.pid, run.calls)
 
     def _give_birth(self, birth: Birth) -> None:
         slot = self._plan.slots[birth.pid]
@@ -128,33 +138,28 @@ class Making:
 
     # ---- one task
 
-    async def _build(self, task: TaskPlan) -> None:
-        loaded = self._tree.tasks[task.pid]
-        async with self._stages.stage("descriptors", task=task.pid):
-            await self._run(self._call, task.pid, task.files)
-        async with self._stages.stage("mappings", task=task.pid):
-            await self._run(self._call, task.pid, task.mappings)
-        faults.point("restore.mapped")
-        async with self._stages.stage("threads", task=task.pid):
-            await self._run(self._make_threads, loaded)
-        await self._filling.task(loaded)
-        faults.point("restore.memory")
-        async with self._stages.stage("protections", task=task.pid):
-            await self._run(self._call, task.pid, task.finish)
+    def _give_descriptors(self, task: TaskPlan) -> None:
+        self._call(task.pid, task.files)
 
-    def _make_threads(self, loaded: LoadedTask) -> None:
-        parent = (loaded.pid, self._plan.slots[loaded.pid])
+    def _map(self, task: TaskPlan) -> None:
+        self._call(task.pid, task.mappings)
+        faults.point("restore.mapped")
+
+    def _make_threads(self, task: TaskPlan) -> None:
+        loaded = self._tree.tasks[task.pid]
+        parent = (task.pid, self._plan.slots[task.pid])
         for tid in loaded.tids[1:]:
             self._tracer.clone(self._region, parent, tid, self._plan.slots[tid], flags=THREAD_FLAGS)
 
-    async def _fill_shared(self, stage: shmem.Stage) -> None:
-        await self._filling.shared(stage)
-        self._shared_filled.set()
+    def _protect(self, task: TaskPlan) -> None:
+        faults.point("restore.memory")
+        self._call(task.pid, task.finish)
 
     def _finish_task(self, task: TaskPlan) -> None:
         self._call(task.pid, task.late)
         for tid, calls in task.threads.items():
             self._call(task.pid, calls, tid)
+        faults.point("restore.finished")
 
     # ---- the end
 
@@ -162,6 +167,7 @@ class Making:
         self._tracer.park(task.pid, self._plan.region, self._plan.hole_bytes)
         for state in task.states.values():
             self._tracer.write_thread(state)
+        faults.point("restore.resume_devices")
 
     def _release(self) -> None:
         faults.point("restore.release")

@@ -18,7 +18,7 @@ import trio
 from gpurestore import core, faults
 from gpurestore.errors import CancelledError
 from gpurestore.images.folder import ImageFolder
-from gpurestore.pipeline import load, plan
+from gpurestore.pipeline import graph, load, plan
 from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.devices import Devices, PluginSettings
 from gpurestore.pipeline.filling import PagesFiles
@@ -28,6 +28,7 @@ from gpurestore.pipeline.operation import operation
 from gpurestore.pipeline.plan import RestorePlan
 from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import summarize
+from gpurestore.pipeline.walk import Walk
 from gpurestore.tasks import memory, shmem
 from gpurestore.tasks.restorer import Restorer
 
@@ -72,8 +73,9 @@ async def restore(
         with ImageFolder(images_dir) as folder:
             nr_jobs = jobs or memory.default_jobs()
             devices = Devices.for_restore(plugins or PluginSettings(), spans, blocking, folder, jobs=nr_jobs)
-            restoring = _Restore(Stages(blocking, spans, nr_jobs, serial=serial), devices)
-            async with devices.session(await blocking.run(load.plugins_of, folder)):
+            walk = Walk(spans, graph.head([], verify=verify), serial=serial)
+            restoring = _Restore(Stages(blocking, spans, nr_jobs, walk, serial=serial), devices)
+            async with devices.session(await blocking.run(load.plugins_of, folder), walk.stage(graph.PLUGINS)):
                 tree = await restoring.prepare(folder, shell_job, verify)
                 await restoring.execute(tree, pidfile)
     path = critical_stages(spans.spans)
@@ -93,46 +95,34 @@ def restore_sync(images_dir: Path, **options: Any) -> RestoreResult:
     return trio.run(partial(restore, images_dir, **options))
 
 
-def plan_text(images_dir: Path, *, shell_job: bool = False, verify: bool = True) -> str:
-    """What :func:`restore` would do, in words. Raises as it would, except for pids that are taken."""
-    with ImageFolder(images_dir) as folder:
-        if verify:
-            folder.verify()
-        tree = load.load(folder)
-        restorer = Restorer.here()
-        load.refuse(tree, load.check(tree, restorer) + load.check_session(tree, shell_job))
-        planned = plan.place(tree, memory.default_jobs())
-        tree.files.assign(tree.files.keep_from)
-        plan.fill(planned, tree, restorer)
-        return "\n".join(plan.lines(planned, tree)) + "\n"
-
-
 class _Restore:
     """One restore under way."""
 
     def __init__(self, stages: Stages, devices: Devices) -> None:
         self._stages, self._devices = stages, devices
-        self._run, self._spans = stages.blocking.run, stages.spans
-        devices.take_turns(stages.turn)
+        self._run = stages.blocking.run
+        self._walk = stages.walk
 
     async def prepare(self, folder: ImageFolder, shell_job: bool, verify: bool) -> LoadedTree:
         """Load, verify and check. Nothing is created."""
         faults.point("restore.start")
+        self._walk.extend(graph.head(self._devices.facts, verify=verify))
         if verify:
             # Before anything is read: damage is told by the name of the file, not by what it made of the others.
-            async with self._spans.span("verify") as span:
+            async with self._walk.stage(graph.VERIFY) as span:
                 await self._run(partial(folder.verify, self._stages.jobs, self._is_cancelled))
                 span.set(bytes=sum(folder.files().values()))
-        async with self._spans.span("load"):
+        async with self._walk.stage(graph.LOAD):
             tree = await self._run(load.load, folder, self._devices)
         faults.point("restore.loaded")
-        async with self._spans.span("check"):
+        async with self._walk.stage(graph.CHECK):
             self._restorer = await self._run(Restorer.here)
             findings = await self._run(load.check, tree, self._restorer)
             findings += load.check_session(tree, shell_job)
             findings += await self._run(load.await_pids, tree, self._should_stop)
             load.refuse(tree, findings)
-        await self._devices.restore_init()
+        await self._devices.restore_init(self._walk)
+        self._walk.extend(graph.restore(graph.facts_of(tree), self._devices.facts, verify=verify))
         faults.point("restore.checked")
         return tree
 
@@ -147,9 +137,9 @@ class _Restore:
         """Make the tree and let it go, or leave nothing."""
         reaper = core.set_subreaper(True)
         try:
-            async with self._spans.span("plan"):
+            async with self._walk.stage(graph.PLACE):
                 planned = await self._run(plan.place, tree, self._stages.jobs)
-            async with self._spans.span("open files"):
+            async with self._walk.stage(graph.OPEN_FILES):
                 await self._run(tree.files.open_all, tree.files.keep_from)
             try:
                 await self._make(tree, planned, pidfile)
@@ -161,7 +151,7 @@ class _Restore:
 
     async def _make(self, tree: LoadedTree, planned: RestorePlan, pidfile: Path | None) -> None:
         with PagesFiles(tree) as pages:
-            async with self._spans.span("plan"):
+            async with self._walk.stage(graph.PLAN):
                 await self._run(plan.fill, planned, tree, self._restorer)
             faults.point("restore.planned")
             with (

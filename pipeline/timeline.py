@@ -7,7 +7,6 @@ beside it if nothing is there, else it is left to the hint under the mouse (SVG 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from gpurestore.errors import GpurestoreError, UsageError
+from gpurestore.errors import UsageError
 from gpurestore.pipeline.critical import CriticalStage, critical_path, critical_stages, describe
 from gpurestore.pipeline.drawing import (
     INK,
@@ -31,6 +30,7 @@ from gpurestore.pipeline.drawing import (
     text_width,
     to_png,
     to_svg,
+    write_picture,
 )
 from gpurestore.pipeline.trace import (
     CONTROL,
@@ -51,8 +51,8 @@ from gpurestore.pipeline.tracefile import TraceFile, read_trace
 WIDTH = 1200
 FORMATS = ("svg", "html", "png")
 
-_COLOURS = {MEMORY: "#9cc9ec", DEVICE: "#fdbb6b", STATE: "#b4dca3", CONTROL: "#d5d8dc"}
-_EDGES = {MEMORY: "#5b9bd0", DEVICE: "#d98c2b", STATE: "#76b15f", CONTROL: "#a3a9b1"}
+COLOURS = {MEMORY: "#9cc9ec", DEVICE: "#fdbb6b", STATE: "#b4dca3", CONTROL: "#d5d8dc"}
+EDGES = {MEMORY: "#5b9bd0", DEVICE: "#d98c2b", STATE: "#76b15f", CONTROL: "#a3a9b1"}
 _MEANINGS = {
     MEMORY: "host memory",
     DEVICE: "devices and plugins",
@@ -86,13 +86,7 @@ def draw_file(source: Path, target: Path, title: str | None = None) -> None:
         data = to_png(draw(trace, name))
     else:
         data = (to_svg(draw(trace, name)) if kind == "svg" else to_html(trace, name)).encode()
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise GpurestoreError(f"cannot write the timeline to {target}: {error.strerror}") from error
+    write_picture(target, data)
 
 
 def to_html(trace: TraceFile, title: str) -> str:
@@ -208,7 +202,9 @@ def draw(trace: TraceFile, title: str) -> Drawing:
     """Lay out everything."""
     spans = trace.spans
     critical = critical_path(spans)
-    rows = [_Row(name, row, levels=_levels(row)) for name, row in sorted(trace.rows, key=lambda row: _place(row[0]))]
+    rows = [
+        _Row(name, row, levels=_levels(row)) for name, row in sorted(trace.rows, key=lambda row: place_of_track(row[0]))
+    ]
     end_ns = max(1, max(span.end_ns or 0 for span in spans))
     head, y = _head(title, end_ns, critical_stages(spans))
     names_width = min(230.0, max(text_width(row.name, _NAME_SIZE) for row in rows))
@@ -228,7 +224,7 @@ def draw(trace: TraceFile, title: str) -> Drawing:
     return Drawing(WIDTH, math.ceil(y) + _MARGIN, tuple(shapes))
 
 
-def _place(name: str) -> tuple[int, int, int]:
+def place_of_track(name: str) -> tuple[int, int, int]:
     """Sort key of a row: the main one, tasks with their workers behind, plugins, others; else as in the file."""
     if name.split(" (")[0] == MAIN_TRACK:
         return (0, 0, 0)
@@ -263,7 +259,7 @@ def _head(title: str, end_ns: int, path: Sequence[CriticalStage]) -> tuple[list[
     y += 28
     x = float(_MARGIN)
     for kind in KINDS:
-        shapes.append(Rect(x, y - 11, 14, 14, _COLOURS[kind], _EDGES[kind]))
+        shapes.append(Rect(x, y - 11, 14, 14, COLOURS[kind], EDGES[kind]))
         shapes.append(Text(x + 20, y, _MEANINGS[kind], 12))
         x += 20 + text_width(_MEANINGS[kind], 12) + 18
     shapes.append(Rect(x, y - 11, 14, 14, "#ffffff", _CRITICAL, 2))
@@ -345,9 +341,9 @@ def _bar_shapes(bars: Sequence[_Bar]) -> list[Shape]:
     shapes: list[Shape] = []
     for bar in sorted(bars, key=lambda bar: bar.critical):
         kind = bar.span.kind
-        stroke = _CRITICAL if bar.critical else _EDGES[kind]
+        stroke = _CRITICAL if bar.critical else EDGES[kind]
         stroke_width = 2.0 if bar.critical and bar.width > 5 else 1.0
-        fill = stroke if bar.width <= 3 else _COLOURS[kind]
+        fill = stroke if bar.width <= 3 else COLOURS[kind]
         shapes.append(Rect(bar.x, bar.y, bar.width, _BAR, fill, stroke, stroke_width, _hint(bar.span)))
     return shapes
 

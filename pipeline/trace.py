@@ -33,8 +33,19 @@ WORKER_TRACK = " worker "  # between the track of the task and the worker's numb
 MEMORY, DEVICE, STATE, CONTROL = KINDS = ("memory", "device", "state", "control")
 _MEMORY_STAGES = frozenset({"memory", "shared memory", "pump"})
 _DEVICE_STAGES = frozenset({"plugins", "pause devices", "checkpoint devices", "devices late"})
-_CONTROL_STAGES = frozenset({"load", "verify", "check", "plan", "freeze", "thaw", "commit", "kill", "park", "release"})
+_CONTROL_STAGES = frozenset(
+    {"load", "verify", "check", "place", "plan", "freeze", "thaw", "commit", "kill", "park", "release"}
+)
 _NS = 1_000_000_000
+
+
+def kind_of(name: str, track: str) -> str:
+    """One of KINDS. Device hooks are named as their plugins' authors know them, in capitals."""
+    if track.startswith(PLUGIN_TRACK) or name.isupper() or name in _DEVICE_STAGES:
+        return DEVICE
+    if name in _MEMORY_STAGES:
+        return MEMORY
+    return CONTROL if name in _CONTROL_STAGES else STATE
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +66,10 @@ class Span:
         """Attach facts that are shown beside the span; ``bytes`` also counts in the table's throughput."""
         self.args.update(args)
 
+    def watch(self, total: int, gauge: Callable[[], int]) -> None:
+        """From now on ``gauge`` tells how many of ``total`` bytes are done; for the live progress."""
+        self.total, self.gauge = total, gauge
+
     @property
     def seconds(self) -> float:
         """How long it took; 0 while it still runs."""
@@ -62,12 +77,8 @@ class Span:
 
     @property
     def kind(self) -> str:
-        """One of KINDS. Device hooks are named as their plugins' authors know them, in capitals."""
-        if self.track.startswith(PLUGIN_TRACK) or self.name.isupper() or self.name in _DEVICE_STAGES:
-            return DEVICE
-        if self.name in _MEMORY_STAGES:
-            return MEMORY
-        return CONTROL if self.name in _CONTROL_STAGES else STATE
+        """One of KINDS."""
+        return kind_of(self.name, self.track)
 
     @property
     def nr_bytes(self) -> int:

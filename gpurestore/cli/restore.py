@@ -16,6 +16,7 @@ from gpurestore.cli.options import (
     print_json,
     set_up_log,
 )
+from gpurestore.errors import UsageError
 
 if TYPE_CHECKING:
     from gpurestore.pipeline.progress import Progress
@@ -44,7 +45,12 @@ def add_parser(commands: Commands) -> None:
         "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader was outside of it"
     )
     parser.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plugins, stages and what every task would do, and do nothing"
+    )
+    parser.add_argument(
+        "--graph", metavar="FILE", type=Path, help="with --dry-run: draw the stages into FILE (.svg, .png, .dot)"
+    )
     parser.add_argument(
         "--gpu-map",
         metavar="OLD=NEW",
@@ -62,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     set_up_log(args.log_file, args.verbose)
     if args.dry_run:
         return _print_plan(args)
+    if args.graph is not None:
+        raise UsageError("--graph draws what --dry-run prints: name both, or draw a --trace with 'gpurestore timeline'")
     from gpurestore.namespaces import require_restore_rights
 
     require_restore_rights()
@@ -105,7 +113,14 @@ def _show(args: argparse.Namespace, result: RestoreResult) -> None:
 
 
 def _print_plan(args: argparse.Namespace) -> int:
-    from gpurestore.pipeline.restore import plan_text
+    from gpurestore.pipeline.preview import preview
 
-    sys.stdout.write(plan_text(args.images_dir, shell_job=args.shell_job, verify=not args.no_verify))
+    seen = preview(
+        args.images_dir, libdir=args.libdir, shell_job=args.shell_job, verify=not args.no_verify, jobs=args.jobs
+    )
+    if args.graph is not None:
+        from gpurestore.pipeline.graphdrawing import draw_file
+
+        draw_file(seen.graph, args.graph, f"restore of {args.images_dir}")
+    sys.stdout.write(seen.text)
     return 0

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import processes
+from support.recorded import Recorded, dumped
 from support.tool import Tool, interrupt
-from support.victims import Victim, Victims
+from support.victims import Victims
 
 pytestmark = pytest.mark.usefixtures("rights")
 
-PLUGINS = Path(__file__).parent / "plugins"
 DUMP_HOOKS = ("INIT", "PAUSE_DEVICES", "CHECKPOINT_DEVICES", "DUMP_DEVICES_LATE", "DUMP_FINISH")
 RESTORE_HOOKS = ("INIT", "RESTORE_INIT", "POST_FORKING", "RESUME_DEVICES_LATE")
-
-
-class Recorded:
-    """A plugin folder with recorders in it, and what they wrote down."""
-
-    def __init__(self, folder: Path) -> None:
-        self.libdir = folder / "plugins"
-        self.libdir.mkdir()
-        self.file = folder / "record"
-        self.add("recorder")
-
-    def add(self, name: str) -> None:
-        """One more plugin of the same kind, under another name."""
-        text = (PLUGINS / "recorder.py").read_text()
-        (self.libdir / f"{name}.py").write_text(text.replace('name = "recorder"', f'name = "{name}"'))
-
-    def env(self, **more: str) -> Mapping[str, str]:
-        """The environment for a run of the tool; what was recorded before is forgotten."""
-        self.file.write_text("")
-        return {"RECORD": str(self.file), **more}
-
-    @property
-    def options(self) -> tuple[str, str]:
-        return ("-L", str(self.libdir))
-
-    def calls(self, plugin: str = "recorder") -> list[dict[str, Any]]:
-        """What one plugin saw, in order."""
-        calls = [json.loads(line) for line in self.file.read_text().splitlines()]
-        return [call for call in calls if call["plugin"] == plugin]
-
-    def names(self, plugin: str = "recorder") -> list[str]:
-        """The hooks it saw, repetitions (one per task) folded."""
-        names = [call["hook"] for call in self.calls(plugin)]
-        return [name for index, name in enumerate(names) if index == 0 or names[index - 1] != name]
 
 
 @pytest.fixture
@@ -61,11 +25,6 @@ def recorded(folder: Path) -> Recorded:
 
 def exits(recorded: Recorded) -> list[int]:
     return [call["result"] for call in recorded.calls() if call["hook"] == "EXIT"]
-
-
-def dumped(tool: Tool, victim: Victim, images: Path, recorded: Recorded, **env: str) -> None:
-    tool.dump(victim.pid, images, *recorded.options, env=recorded.env(**env)).expect(0)
-    victim.expect_gone()
 
 
 def test_every_hook_of_a_dump_comes_at_its_moment(

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from gpurestore.cli import main
 from gpurestore.cli.options import to_data
 from gpurestore.errors import Finding, GpurestoreError, NeedsPersonError, RestoreCheckError, UsageError
 from gpurestore.pipeline.devices import PluginSettings
+from gpurestore.pipeline.graph import Graph, Node
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class FakePipeline:
         self.cleaned = False
         module = ModuleType(f"gpurestore.pipeline.{name}")
         setattr(module, name, self.run)
-        module.plan_text = lambda folder, **kwargs: f"plan of {folder}\n"  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     async def run(self, *args: Any, **kwargs: Any) -> Result:
@@ -98,6 +98,22 @@ def test_restore_is_parallel_and_verified_unless_told_otherwise(restore: FakePip
     assert (second["serial"], second["verify"], second["pidfile"]) == (True, False, Path("p"))
 
 
+@pytest.fixture
+def previewed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, dict[str, Any]]]:
+    """Calls of the preview, which is a fake."""
+    calls: list[tuple[Path, dict[str, Any]]] = []
+
+    def preview(folder: Path, **options: Any) -> SimpleNamespace:
+        calls.append((folder, options))
+        return SimpleNamespace(text=f"plan of {folder}\n", graph=Graph({Node("fork"): ()}))
+
+    module = ModuleType("gpurestore.pipeline.preview")
+    module.preview = preview  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+@pytest.mark.usefixtures("previewed")
 def test_restore_without_the_right_says_which_and_how_to_get_it(
     restore: FakePipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,11 +132,25 @@ def test_json_is_one_object_on_one_line(restore: FakePipeline, capsys: pytest.Ca
 
 
 def test_a_dry_run_prints_the_plan_and_restores_nothing(
-    restore: FakePipeline, capsys: pytest.CaptureFixture[str]
+    restore: FakePipeline, previewed: list[tuple[Path, dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["restore", "-D", "dir", "--dry-run"]) == 0
+    assert main(["restore", "-D", "dir", "--dry-run", "-L", "plugins", "--jobs", "3"]) == 0
     assert capsys.readouterr().out == "plan of dir\n"
     assert restore.calls == []
+    options = {"libdir": Path("plugins"), "shell_job": False, "verify": True, "jobs": 3}
+    assert previewed == [(Path("dir"), options)]
+
+
+@pytest.mark.usefixtures("previewed")
+def test_the_graph_is_drawn_only_by_a_dry_run(
+    restore: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "graph.dot"
+    assert main(["restore", "-D", "dir", "-d", "--graph", str(picture)]) == 2
+    assert "--graph draws what --dry-run prints" in capsys.readouterr().err
+    assert restore.calls == []
+    assert main(["restore", "-D", "dir", "--dry-run", "--graph", str(picture)]) == 0
+    assert "fork" in picture.read_text()
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_a_name_that_says_no_format_is_a_usage_error(tmp_path: Path, capsys: pyt
 def test_a_target_that_cannot_be_written_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "t.json", small_restore())
     assert main(["timeline", str(source), "-o", str(tmp_path / "none" / "x.svg")]) == 1
-    assert "cannot write the timeline to" in capsys.readouterr().err
+    assert "cannot write the picture to" in capsys.readouterr().err
 
 
 def test_without_pillow_a_png_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
