@@ -21,6 +21,7 @@ UNITS = (
     "gr_outside",
     "gr_cpu",
     "gr_pagemap_codec",
+    "gr_runs",
     "gr_pagescan",
     "gr_pages_out",
     "gr_pump",

@@ -51,44 +51,9 @@ static int cancelled(const struct scan *scan)
 	return scan->cancel && __atomic_load_n(scan->cancel, __ATOMIC_RELAXED);
 }
 
-static int grow(struct gr_page_runs *runs, struct gr_error *err)
-{
-	uint64_t capacity = runs->capacity ? runs->capacity * 2 : 256;
-	uint64_t *vaddrs = realloc(runs->vaddrs, capacity * sizeof(*vaddrs));
-	uint64_t *nr_pages;
-
-	if (!vaddrs)
-		return gr_fail(err, ENOMEM, "listing pages");
-	runs->vaddrs = vaddrs;
-	nr_pages = realloc(runs->nr_pages, capacity * sizeof(*nr_pages));
-	if (!nr_pages)
-		return gr_fail(err, ENOMEM, "listing pages");
-	runs->nr_pages = nr_pages;
-	runs->capacity = capacity;
-	return 0;
-}
-
 static int add_run(struct scan *scan, uint64_t start, uint64_t end, struct gr_error *err)
 {
-	struct gr_page_runs *runs = scan->out;
-	uint64_t pages = (end - start) / PAGE_BYTES;
-	uint64_t last = runs->nr_runs - 1;
-
-	runs->total_pages += pages;
-	if (runs->nr_runs && runs->vaddrs[last] >= scan->range_start &&
-	    runs->vaddrs[last] + runs->nr_pages[last] * PAGE_BYTES == start) {
-		runs->nr_pages[last] += pages;
-		return 0;
-	}
-	if (runs->nr_runs == runs->capacity) {
-		int ret = grow(runs, err);
-
-		if (ret < 0)
-			return ret;
-	}
-	runs->vaddrs[runs->nr_runs] = start;
-	runs->nr_pages[runs->nr_runs++] = pages;
-	return 0;
+	return gr_page_runs_add(scan->out, scan->range_start, start, end, err);
 }
 
 static void set_categories(struct pm_scan_arg *arg, int what, int with_guards)
@@ -243,11 +208,4 @@ int gr_pagescan(int pid, const uint64_t *starts, const uint64_t *ends, uint32_t 
 	if (ret < 0)
 		gr_page_runs_destroy(out);
 	return ret;
-}
-
-void gr_page_runs_destroy(struct gr_page_runs *runs)
-{
-	free(runs->vaddrs);
-	free(runs->nr_pages);
-	memset(runs, 0, sizeof(*runs));
 }

@@ -233,9 +233,11 @@ class _Dump:
     def _write_memory(self, writer: ImageWriter, pid: int, entry: pb.mm_entry, cancel: core.Cancel) -> None:
         done = memory.Progress()
         with self._spans.span("memory", task=pid, gauge=lambda: done.done_bytes) as span:
-            size = memory.dump(writer, pid, entry, next(self._pages_ids), jobs=self._jobs, cancel=cancel, progress=done)
-            span.set(bytes=size)
-            self._memory_bytes += size
+            stored = memory.dump(
+                writer, pid, entry, next(self._pages_ids), jobs=self._jobs, cancel=cancel, progress=done
+            )
+            span.set(bytes=stored.total_bytes)
+            self._memory_bytes += stored.total_bytes
 
     def _write_shared(
         self, writer: ImageWriter, item: shmem.SharedObject, tasks: dict[int, Any], cancel: core.Cancel

@@ -173,8 +173,8 @@ def test_every_byte_arrives_from_memory_of_every_protection(folder: Path, jobs: 
         (start,) = child.values
         progress = memory.Progress()
         mm = address_space(area(start, nr_pages * PAGE))
-        size = memory.dump(writer, child.pid, mm, 7, jobs=jobs, progress=progress)
-        assert progress.done_bytes == size
+        stored = memory.dump(writer, child.pid, mm, 7, jobs=jobs, progress=progress)
+        assert progress.done_bytes == stored.total_bytes
         commit_images(writer)
     with ImageFolder(folder / "images") as images:
         pagemap = read_pagemap(images, "pagemap", child.pid)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import bisect
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpurestore.core import ffi
+from gpurestore.core import check, ffi, lib, new_error
 from gpurestore.tasks.maps import PAGE_BYTES
 
 
@@ -35,6 +35,46 @@ class PageRuns:
         at = bisect.bisect(self.vaddrs, address)
         self.vaddrs.insert(at, address)
         self.nr_pages.insert(at, nr_pages)
+
+    @classmethod
+    def of_ranges(cls, ranges: Sequence[tuple[int, int]]) -> PageRuns:
+        """Runs from ascending ranges of addresses, as start and end."""
+        sizes = ((end - start) // PAGE_BYTES for start, end in ranges)
+        return cls(array("Q", (start for start, _ in ranges)), array("Q", sizes))
+
+    @classmethod
+    def made_by(cls, fill: Callable[[Any, Any], int]) -> PageRuns:
+        """What a C function leaves in the ``struct gr_page_runs`` and ``struct gr_error`` that it is given."""
+        err, out = new_error(), ffi.new("struct gr_page_runs *")
+        check(fill(out, err), err)
+        try:
+            runs = cls()
+            runs.vaddrs.frombytes(ffi.buffer(out.vaddrs, out.nr_runs * 8) if out.nr_runs else b"")
+            runs.nr_pages.frombytes(ffi.buffer(out.nr_pages, out.nr_runs * 8) if out.nr_runs else b"")
+            return runs
+        finally:
+            lib.gr_page_runs_destroy(out)
+
+    def view(self) -> tuple[Any, Any]:
+        """The runs as C sees them, and what must live as long as that is used."""
+        keep = u64(self.vaddrs), u64(self.nr_pages)
+        return ffi.new("struct gr_runs_view *", (*keep, len(self))), keep
+
+    def __and__(self, other: PageRuns) -> PageRuns:
+        """The pages of both. A run of the result lies in one run of ``self``."""
+        return self._combine(other, lib.GR_RUNS_AND)
+
+    def __sub__(self, other: PageRuns) -> PageRuns:
+        """The pages that ``other`` lacks. A run of the result lies in one run of ``self``."""
+        return self._combine(other, lib.GR_RUNS_MINUS)
+
+    def __or__(self, other: PageRuns) -> PageRuns:
+        """The pages of either; runs that touch are joined."""
+        return self._combine(other, lib.GR_RUNS_OR)
+
+    def _combine(self, other: PageRuns, op: int) -> PageRuns:
+        (ours, _keep), (theirs, _keep_theirs) = self.view(), other.view()
+        return self.made_by(lambda out, err: lib.gr_page_runs_combine(ours, theirs, op, out, err))
 
 
 class Progress:

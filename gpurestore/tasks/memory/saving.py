@@ -28,17 +28,9 @@ def scan(
     pid: int, ranges: Sequence[pb.vma_entry], what: int, cancel: Cancel | None = None, how: int = AUTO
 ) -> PageRuns:
     """The pages of a frozen task that are ``what`` (STORED, GUARD) in ``ranges``, which must be ascending."""
-    err, out = new_error(), ffi.new("struct gr_page_runs *")
-    starts, ends = array("Q", [r.start for r in ranges]), array("Q", [r.end for r in ranges])
+    starts, ends = u64(array("Q", [r.start for r in ranges])), u64(array("Q", [r.end for r in ranges]))
     flag = cancel.flag if cancel else ffi.NULL
-    check(lib.gr_pagescan(pid, u64(starts), u64(ends), len(ranges), what, how, flag, out, err), err)
-    try:
-        runs = PageRuns()
-        runs.vaddrs.frombytes(ffi.buffer(out.vaddrs, out.nr_runs * 8) if out.nr_runs else b"")
-        runs.nr_pages.frombytes(ffi.buffer(out.nr_pages, out.nr_runs * 8) if out.nr_runs else b"")
-        return runs
-    finally:
-        lib.gr_page_runs_destroy(out)
+    return PageRuns.made_by(lambda out, err: lib.gr_pagescan(pid, starts, ends, len(ranges), what, how, flag, out, err))
 
 
 def select(pid: int, mm: pb.mm_entry, cancel: Cancel | None = None) -> PageRuns:
@@ -60,13 +52,18 @@ def dump(
     jobs: int | None = None,
     cancel: Cancel | None = None,
     progress: Progress | None = None,
-) -> int:
-    """Write ``pagemap-PID.img`` and ``pages-PAGES_ID.img`` of a frozen task; returns the bytes of its pages."""
-    runs = select(pid, mm, cancel)
+    runs: PageRuns | None = None,
+) -> PageRuns:
+    """Write ``pagemap-PID.img`` and ``pages-PAGES_ID.img`` of a frozen task; returns what its pagemap holds.
+
+    ``runs``: the pages to write, where they are not those that :func:`select` finds.
+    """
+    if runs is None:
+        runs = select(pid, mm, cancel)
     pages = PagesFile(writer, pages_id, jobs, cancel, progress)
     pages.add_from_task(pid, runs)
     pages.finish("pagemap", pid, runs)
-    return pages.size
+    return runs
 
 
 def save_object(
