@@ -8,7 +8,11 @@
 #include "gr_pagescan.h"
 
 #define PAGE_BYTES 4096UL
-#define REGIONS 4096
+/*
+ * As many as the kernel gathers before it copies them out. Given room for more, it may say (Linux 6.18) that it stopped
+ * where it did so first, although it went on to the end: pages behind that would be found twice.
+ */
+#define REGIONS 512
 #define ENTRIES 65536
 
 /* linux/fs.h of Linux 6.7 (guards: 6.15), which the build machine's headers may lack. */

@@ -70,6 +70,22 @@ def test_only_pages_that_were_written_are_stored(how: int) -> None:
 
 
 @HOWS
+def test_thousands_of_runs_are_each_found_once(how: int) -> None:
+    """More than the kernel gathers at a time, more than we take at a time, and a rest."""
+    nr = 10_100
+
+    def prepare() -> list[int]:
+        start = map_memory(nr * PAGE)
+        for page in range(0, nr, 2):
+            fill(start + page * PAGE)
+        return [start]
+
+    with MemoryChild(prepare) as child:
+        (start,) = child.values
+        assert scan(child, start, nr * PAGE, how) == [(start + page * PAGE, 1) for page in range(0, nr, 2)]
+
+
+@HOWS
 def test_pages_that_were_only_read_are_the_zero_page_and_not_stored(how: int) -> None:
     if how == memory.READ and not shows_frame_numbers():
         pytest.skip("frame numbers, by which the zero page is known, are for root of the first user namespace")
