@@ -25,6 +25,8 @@ UNITS = (
     "gr_pagescan",
     "gr_pages_out",
     "gr_pump",
+    "gr_chunk_read",
+    "gr_scatter",
     "gr_stage",
     "gr_plugin",
 )

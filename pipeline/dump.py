@@ -31,6 +31,7 @@ from gpurestore.errors import (
     UsageError,
 )
 from gpurestore.images import pb
+from gpurestore.images.compression import Compression, Crew
 from gpurestore.images.inventory import build_inventory
 from gpurestore.images.manifest import PluginRecord
 from gpurestore.images.writer import ImageWriter
@@ -73,18 +74,22 @@ async def dump(
     leave_stopped: bool = False,
     shell_job: bool = False,
     jobs: int | None = None,
+    compress: str | None = None,
     plugins: PluginSettings | None = None,
     trace: Path | None = None,
     progress: Progress | None = None,
 ) -> DumpResult:
     """Dump the tree of ``pid`` into ``images_dir`` (new or empty), then kill it unless told otherwise.
 
+    ``compress`` is ``lz4`` or ``zstd[:LEVEL]``.
     Raises a GpurestoreError, and then the tree goes on and the folder is as it was; on cancellation the same.
     """
     _check_request(pid)
     after = _After.RUN if leave_running else _After.STOP if leave_stopped else _After.KILL
+    nr_jobs = jobs or memory.default_jobs()
+    crew = Crew(Compression.parse(compress), nr_jobs) if compress is not None else None
     async with operation(progress, trace) as (blocking, spans):
-        dumping = _Dump(pid, spans, jobs or memory.default_jobs(), shell_job, after)
+        dumping = _Dump(pid, spans, nr_jobs, shell_job, after, crew)
         return await dumping.run(blocking, images_dir, plugins or PluginSettings())
 
 
@@ -122,8 +127,11 @@ class _After(enum.Enum):
 class _Dump:
     """One dump under way."""
 
-    def __init__(self, pid: int, spans: Trace, jobs: int, shell_job: bool, after: _After) -> None:
+    def __init__(
+        self, pid: int, spans: Trace, jobs: int, shell_job: bool, after: _After, crew: Crew | None = None
+    ) -> None:
         self._pid, self._spans, self._jobs, self._shell_job, self._after = pid, spans, jobs, shell_job, after
+        self._crew = crew
         self._findings: list[Finding] = []
         self._pages_ids = count(1)
         self._memory_bytes = 0
@@ -136,6 +144,7 @@ class _Dump:
         faults.point("dump.start")
         with core.Tracer() as tracer, ImageWriter(images_dir) as writer:
             writer.root_pid = self._pid
+            writer.crew = self._crew
             devices = Devices.for_dump(
                 plugins,
                 self._spans,

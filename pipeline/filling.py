@@ -74,6 +74,10 @@ class Filling:
         """Bring a task's memory in, by threads of the task itself: its own, and workers where those are too few."""
         pages = loaded.pages
         span.watch(pages.total_bytes, lambda: pages.done_bytes)
+        if pages.compressed is not None:
+            await self._decompress_all(loaded.pid, pages.compressed, span)
+            span.set(bytes=pages.total_bytes)
+            return
         workers = await self._run(self._make_workers, loaded)
         servers = [(tid, self._plan.slots[tid]) for tid in loaded.tids] + workers
         nr = max(1, min(self._stages.jobs, pages.nr_chunks, len(servers)))
@@ -87,6 +91,17 @@ class Filling:
         track = f"{memory_span.track}{WORKER_TRACK}{number}"
         async with self._stages.memory_workers, self._stages.spans.span("pump", track=track, part_of=memory_span):
             await self._run(loaded.pages.run, self._region, slot, tid, self._pages[loaded.pid], self._cancel)
+
+    async def _decompress_all(self, pid: int, chunks: memory.CompressedPages, span: Span) -> None:
+        """The same for compressed pages, by threads of this process."""
+        async with trio.open_nursery() as nursery:
+            for number in range(1, chunks.nr_workers(self._stages.jobs) + 1):
+                nursery.start_soon(self._decompress, pid, chunks, number, span)
+
+    async def _decompress(self, pid: int, chunks: memory.CompressedPages, number: int, memory_span: Span) -> None:
+        track = f"{memory_span.track}{WORKER_TRACK}{number}"
+        async with self._stages.memory_workers, self._stages.spans.span("decompress", track=track, part_of=memory_span):
+            await self._run(chunks.run, pid, 0, self._pages[pid], self._cancel)
 
     def _make_workers(self, loaded: LoadedTask) -> list[tuple[int, int]]:
         """Extra threads, with ids that nobody will need."""

@@ -39,6 +39,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader is outside of it"
     )
+    parser.add_argument(
+        "--compress", metavar="METHOD", help="compress memory: lz4 or zstd[:LEVEL], level 1 to 19; CRIU cannot read it"
+    )
     add_plugin_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             leave_stopped=args.leave_stopped,
             shell_job=args.shell_job,
             jobs=args.jobs,
+            compress=args.compress,
             trace=args.trace,
             progress=progress,
             plugins=plugin_settings(args),

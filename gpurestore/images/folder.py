@@ -13,6 +13,7 @@ from typing import Any
 
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import manifest as manifests
+from gpurestore.images.compression import COMPRESSED_SUFFIXES
 from gpurestore.images.container import check_head, damaged, decode_image, decode_record, decode_records
 from gpurestore.images.hashing import Cancel, hash_files, open_regular
 from gpurestore.images.inventory import RUN_ID, check_inventory
@@ -116,7 +117,7 @@ class ImageFolder:
                 what = "truncated" if found[name] < record.bytes else "too long"
                 raise ImageError(f"{name}: {what}: {found[name]} bytes, not {record.bytes}")
         for name in sorted(found):
-            if name.endswith(".img") and name not in self.manifest.files:
+            if name.endswith((".img", *COMPRESSED_SUFFIXES)) and name not in self.manifest.files:
                 raise ImageError(f"{name}: not part of this dump: {MANIFEST_NAME} does not list it")
 
     def files(self) -> dict[str, int]:

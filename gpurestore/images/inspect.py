@@ -13,8 +13,9 @@ from typing import Any
 
 from gpurestore.errors import ImageError
 from gpurestore.images import pb
+from gpurestore.images.chunked import PagesImage, find_pages
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.magic import PAGE_BYTES, pages_file_name
+from gpurestore.images.magic import PAGE_BYTES
 from gpurestore.images.pagemap import PRESENT, Pagemap, read_pagemap
 
 _STATES = {1: "alive", 3: "stopped", 6: "zombie"}
@@ -95,6 +96,15 @@ class SharedMemorySummary:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressionSummary:
+    """What compression made of the pages images: ``bytes`` became ``file_bytes``."""
+
+    algorithm: str
+    bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FolderSummary:
     """A whole dump. ``created``, ``hostname`` and ``kernel`` are empty for one that CRIU made."""
 
@@ -109,6 +119,7 @@ class FolderSummary:
     plugins: tuple[str, ...]
     files: dict[str, int]
     total_bytes: int
+    compressed: CompressionSummary | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -131,6 +142,7 @@ def summarize_folder(folder: ImageFolder) -> FolderSummary:
     entries = folder.read("pstree")
     if not entries:
         raise ImageError(f"{folder.path}/pstree.img: damaged: no tasks")
+    pages: dict[int, PagesImage] = {}
     files = folder.files()
     described = {entry.id: entry for entry in folder.read("files")} if folder.has("files") else {}
     made_by = folder.manifest
@@ -141,17 +153,27 @@ def summarize_folder(folder: ImageFolder) -> FolderSummary:
         hostname=made_by.hostname if made_by else "",
         kernel=made_by.kernel if made_by else "",
         root_pid=entries[0].pid,
-        tasks=tuple(_task(folder, entry, described, files) for entry in entries),
+        tasks=tuple(_task(folder, entry, described, pages) for entry in entries),
         shared_memory=tuple(
             SharedMemorySummary(
-                shmid, _checked_pagemap(folder, "pagemap-shmem", shmid, files).present_pages * PAGE_BYTES
+                shmid, _checked_pagemap(folder, "pagemap-shmem", shmid, pages).present_pages * PAGE_BYTES
             )
             for shmid in folder.idents("pagemap-shmem")
         ),
         plugins=_plugins(folder),
         files=files,
         total_bytes=sum(files.values()),
+        compressed=_compression(pages.values()),
     )
+
+
+def _compression(pages: Iterable[PagesImage]) -> CompressionSummary | None:
+    compressed = [(image, image.index) for image in pages if image.index is not None]
+    if not compressed:
+        return None
+    algorithms = sorted({index.algorithm for _, index in compressed})
+    sizes = sum(image.stream_bytes for image, _ in compressed), sum(image.file_bytes for image, _ in compressed)
+    return CompressionSummary(" and ".join(algorithms), *sizes)
 
 
 def _plugins(folder: ImageFolder) -> tuple[str, ...]:
@@ -160,13 +182,13 @@ def _plugins(folder: ImageFolder) -> tuple[str, ...]:
     return tuple(f"{name} {versions[name]}" if name in versions else name for name in names)
 
 
-def _task(folder: ImageFolder, entry: Any, described: dict[int, Any], files: dict[str, int]) -> TaskSummary:
+def _task(folder: ImageFolder, entry: Any, described: dict[int, Any], pages: dict[int, PagesImage]) -> TaskSummary:
     core = folder.read_one("core", entry.pid)
     memory: tuple[MemorySummary, ...] = ()
     descriptors: tuple[DescriptorSummary, ...] = ()
     stored_bytes = 0
     if folder.has("mm", entry.pid):
-        pagemap = _checked_pagemap(folder, "pagemap", entry.pid, files)
+        pagemap = _checked_pagemap(folder, "pagemap", entry.pid, pages)
         memory = _memory(folder.read_one("mm", entry.pid), pagemap)
         stored_bytes = pagemap.present_pages * PAGE_BYTES
         descriptors = _descriptors(folder, entry.pid, core, described)
@@ -184,14 +206,16 @@ def _task(folder: ImageFolder, entry: Any, described: dict[int, Any], files: dic
     )
 
 
-def _checked_pagemap(folder: ImageFolder, kind: str, ident: int, files: dict[str, int]) -> Pagemap:
+def _checked_pagemap(folder: ImageFolder, kind: str, ident: int, pages: dict[int, PagesImage]) -> Pagemap:
+    """A pagemap whose pages image is long enough; ``pages`` gathers those images by their ids."""
     pagemap = read_pagemap(folder, kind, ident)
-    name = pages_file_name(pagemap.pages_id)
-    found = files.get(name, 0)
-    if pagemap.present_pages * PAGE_BYTES > found:
+    if not pagemap.present_pages:
+        return pagemap
+    image = pages[pagemap.pages_id] = find_pages(folder, pagemap.pages_id)
+    if pagemap.present_pages * PAGE_BYTES > image.stream_bytes:
         raise ImageError(
-            f"{folder.path}/{name}: truncated: {kind}-{ident}.img counts {pagemap.present_pages} pages of "
-            f"{PAGE_BYTES} bytes, the file has {found} bytes"
+            f"{folder.path}/{image.name}: truncated: {kind}-{ident}.img counts {pagemap.present_pages} pages of "
+            f"{PAGE_BYTES} bytes, the file has {image.stream_bytes} bytes"
         )
     return pagemap
 
@@ -285,12 +309,19 @@ def format_summary(summary: FolderSummary) -> str:
         f"{_size(summary.total_bytes)} in {len(summary.files)} files",
         f"  plugins: {', '.join(summary.plugins) or 'none'}",
     ]
+    if summary.compressed is not None:
+        lines.append(f"  {_compressed(summary.compressed)}")
     lines += [f"  shared memory {s.shmid}: {_size(s.stored_bytes)}" for s in summary.shared_memory]
     depths: dict[int, int] = {}
     for task in summary.tasks:
         depths[task.pid] = depths.get(task.ppid, -1) + 1
         lines += _format_task(task, "  " * depths[task.pid])
     return "\n".join(lines) + "\n"
+
+
+def _compressed(summary: CompressionSummary) -> str:
+    ratio = summary.bytes / summary.file_bytes
+    return f"compressed by {summary.algorithm}: {_size(summary.bytes)} to {_size(summary.file_bytes)} ({ratio:.2f}:1)"
 
 
 def _format_task(task: TaskSummary, indent: str) -> list[str]:

@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 
 from gpurestore.errors import GpurestoreError, UsageError
 from gpurestore.images import manifest as manifests
+from gpurestore.images.compression import Crew
 from gpurestore.images.container import Bytes, encode_image
 from gpurestore.images.hashing import Cancel, FileRecord, default_jobs, hash_files, run_in_threads
 from gpurestore.images.magic import KINDS
@@ -50,6 +51,7 @@ class ImageWriter:
         self.cpu: dict[str, Any] = {}
         self.plugins: list[PluginRecord] = []
         self.extension: dict[str, Any] = {}
+        self.crew: Crew | None = None  # who compresses pages; None: they are stored as they are
         self._fds: dict[str, int] = {}
         self._parent_fd, self._wanted = _open_parent(self.final_dir)
         try:

@@ -21,7 +21,7 @@ from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import mappings, maps, memory, vmaflags
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES, PAGE_BYTES
-from gpurestore.tasks.memory import PagePlan, PageRuns, PagesFile, Progress
+from gpurestore.tasks.memory import AnyPagesFile, PagePlan, PageRuns, Progress, pages_file
 
 if TYPE_CHECKING:
     from gpurestore.images.folder import ImageFolder
@@ -118,7 +118,7 @@ def dump(
     """Write ``pagemap-shmem-SHMID.img`` and its pages while the tree is frozen; returns the bytes stored."""
     fd = _open_object(item)
     if fd is None:
-        return _dump_through_tasks(writer, item, tasks, PagesFile(writer, pages_id, jobs, cancel, progress), cancel)
+        return _dump_through_tasks(writer, item, tasks, pages_file(writer, pages_id, jobs, cancel, progress), cancel)
     try:
         return memory.save_object(
             writer, item.shmid, fd, item.size, pages_id, jobs=jobs, cancel=cancel, progress=progress
@@ -139,7 +139,7 @@ def _open_object(item: SharedObject) -> int | None:
 
 
 def _dump_through_tasks(
-    writer: ImageWriter, item: SharedObject, tasks: Mapping[int, Task], pages: PagesFile, cancel: Cancel | None
+    writer: ImageWriter, item: SharedObject, tasks: Mapping[int, Task], pages: AnyPagesFile, cancel: Cancel | None
 ) -> int:
     stored = PageRuns()
     for view in _cover(item.views):

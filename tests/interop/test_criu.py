@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from support.criu import Crit, Criu, find_crit, find_criu
 from support.round_trip import dump, restore
 from support.tool import Tool
 from support.victims import Victims
+
+from gpurestore.images.chunked import read_index
 
 NO_HEADER = ("pages-", "ghost-file-")
 ARGUMENTS = {"registers": ("no-tiles",)}
@@ -74,4 +77,26 @@ def test_we_restore_a_dump_of_criu(tool: Tool, victims: Victims, folder: Path, c
     assert result.returncode == 0, result.stdout[-6000:]
     victim.expect_gone()
     restore(tool, victim, folder / "images")
+    victim.finish()
+
+
+@pytest.mark.usefixtures("rights", "real_root")
+@pytest.mark.parametrize("method", ["lz4", "zstd"])
+def test_criu_refuses_compressed_images_until_they_are_decompressed(
+    tool: Tool, victims: Victims, folder: Path, criu: Criu, method: str
+) -> None:
+    victim = victims.start("shared")
+    images = folder / "images"
+    dump(tool, victim, images, f"--compress={method}")
+    result = criu.run("restore", images, "-d")
+    assert result.returncode != 0, "CRIU restored something from images that it cannot read"
+    assert "pages-" in result.stdout and "Error" in result.stdout, result.stdout[-3000:]
+    victim.expect_gone()
+    for path in images.glob("pages-*.img.*"):
+        fd = os.open(path, os.O_RDONLY)
+        index = read_index(fd, path.name, method)
+        path.with_suffix("").write_bytes(index.read(fd, 0, index.stream_bytes))
+        os.close(fd)
+    result = criu.run("restore", images, "-d")
+    assert result.returncode == 0, result.stdout[-6000:]
     victim.finish()

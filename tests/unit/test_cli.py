@@ -75,8 +75,11 @@ def exit_code_of(argv: list[str]) -> int:
 
 
 def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
+    method = ["--compress", "zstd:3"]
     plugins = ["-L", "lib", "--plugin-option", "a.b=c", "--plugin-option", "a.d", "--hook-timeout", "2.5"]
-    assert main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json", *plugins]) == 0
+    assert (
+        main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json", *method, *plugins]) == 0
+    )
     args, kwargs = dump.calls[0]
     assert args == (12, Path("dir"))
     assert kwargs == {
@@ -84,6 +87,7 @@ def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
         "leave_stopped": False,
         "shell_job": True,
         "jobs": 3,
+        "compress": "zstd:3",
         "trace": Path("t.json"),
         "progress": None,
         "plugins": PluginSettings(Path("lib"), ("a.b=c", "a.d"), 2.5),

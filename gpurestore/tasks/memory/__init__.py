@@ -4,6 +4,7 @@ A pages image belongs to one pagemap: that of a task (its private memory) or tha
 a memfd), whose "addresses" are offsets. All bytes move in C, several threads at a time, with the GIL released.
 """
 
+from gpurestore.tasks.memory.compressed import CompressedPages
 from gpurestore.tasks.memory.filling import (
     PagePlan,
     fill_file,
@@ -18,8 +19,10 @@ from gpurestore.tasks.memory.saving import (
     IOCTL,
     READ,
     STORED,
+    AnyPagesFile,
     PagesFile,
     dump,
+    pages_file,
     save_object,
     scan,
     select,
@@ -30,6 +33,8 @@ __all__ = [
     "IOCTL",
     "READ",
     "STORED",
+    "AnyPagesFile",
+    "CompressedPages",
     "PagePlan",
     "PageRuns",
     "PagesFile",
@@ -38,6 +43,7 @@ __all__ = [
     "dump",
     "fill_file",
     "open_pages",
+    "pages_file",
     "plan_object",
     "plan_pages",
     "read_page_bytes",

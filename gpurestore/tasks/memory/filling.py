@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 from gpurestore.core import Cancel, Region, check, ffi, lib, new_error
 from gpurestore.errors import CoreError, ImageError
 from gpurestore.images import pb
-from gpurestore.images.magic import KINDS, pages_file_name
+from gpurestore.images.chunked import PagesImage, find_pages
+from gpurestore.images.magic import KINDS
 from gpurestore.images.pagemap import Pagemap, read_pagemap
 from gpurestore.tasks import vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory.compressed import CompressedPages
 from gpurestore.tasks.memory.runs import default_jobs, u64
 
 if TYPE_CHECKING:
@@ -36,15 +38,20 @@ class PagePlan:
     filled: frozenset[int]  # starts of the mappings that it writes to
     total_bytes: int
     handle: Any
+    compressed: CompressedPages | None = None  # then :meth:`run` is not for this plan: use this instead
 
     @property
     def done_bytes(self) -> int:
         """How much is in place."""
+        if self.compressed is not None:
+            return self.compressed.done_bytes
         return int(lib.gr_pump_queue_done_bytes(self.handle))
 
     @property
     def nr_chunks(self) -> int:
         """How many threads can possibly work on it at once."""
+        if self.compressed is not None:
+            return self.compressed.nr_chunks
         return int(lib.gr_pump_queue_nr_chunks(self.handle))
 
     def run(self, region: Region, slot: int, tid: int, pages_fd: int, cancel: Cancel | None = None) -> None:
@@ -58,6 +65,9 @@ class PagePlan:
 
     def fill(self, base: int, pages_fd: int, jobs: int | None = None, cancel: Cancel | None = None) -> None:
         """Fill memory of this process: offset 0 lies at ``base``. Blocks."""
+        if self.compressed is not None:
+            self.compressed.fill(base, pages_fd, jobs or default_jobs(), cancel)
+            return
         err = new_error()
         flag = cancel.flag if cancel else ffi.NULL
         check(lib.gr_pump_fill(self.handle, base, pages_fd, jobs or default_jobs(), flag, err), err)
@@ -115,7 +125,10 @@ def read_page_bytes(folder: ImageFolder, pid: int, start: int, end: int) -> byte
     if at < 0 or end > pagemap.vaddrs[at] + pagemap.nr_pages[at] * PAGE_BYTES:
         return b""
     offset = sum(pagemap.nr_pages[:at]) * PAGE_BYTES + start - pagemap.vaddrs[at]
-    with open(folder.open_raw(pages_file_name(pagemap.pages_id)), "rb", buffering=0) as pages:
+    image = find_pages(folder, pagemap.pages_id)
+    with open(folder.open_raw(image.name), "rb", buffering=0) as pages:
+        if image.index is not None:
+            return image.index.read(pages.fileno(), offset, end - start)
         return os.pread(pages.fileno(), end - start, offset)
 
 
@@ -135,15 +148,13 @@ def _plan(
     chunk_bytes: int,
 ) -> PagePlan:
     pagemap = read_pagemap(folder, kind, ident)
-    pages_name = pages_file_name(pagemap.pages_id)
-    file_bytes = 0
-    if len(pagemap):
-        with open(folder.open_raw(pages_name), "rb", buffering=0) as pages:
-            file_bytes = os.fstat(pages.fileno()).st_size
+    image = find_pages(folder, pagemap.pages_id) if len(pagemap) else PagesImage("", 0, 0)
     name = f"{folder.path}/{KINDS[kind].file_name(ident)}"
-    handle, touched = _create_queue(pagemap, (starts, ends, kinds), file_bytes, chunk_bytes, name)
+    handle, touched = _create_queue(pagemap, (starts, ends, kinds), image.stream_bytes, chunk_bytes, name)
     filled = frozenset(start for start, flag in zip(starts, touched, strict=True) if flag)
-    return PagePlan(pages_name, filled, int(lib.gr_pump_queue_total_bytes(handle)), handle)
+    skips = [(start, end) for start, end, what in zip(starts, ends, kinds, strict=True) if what == _SKIP]
+    compressed = CompressedPages(image.index, pagemap, skips) if image.index is not None else None
+    return PagePlan(image.name, filled, int(lib.gr_pump_queue_total_bytes(handle)), handle, compressed)
 
 
 def _create_queue(

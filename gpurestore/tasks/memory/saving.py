@@ -6,7 +6,7 @@ import errno
 import os
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from gpurestore.core import Cancel, check, ffi, lib, new_error
 from gpurestore.errors import CoreError
@@ -15,6 +15,7 @@ from gpurestore.images.magic import pages_file_name
 from gpurestore.images.pagemap import PRESENT, write_pagemap
 from gpurestore.tasks import vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory.compressed import CompressedPagesFile
 from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs, u64
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def dump(
     """
     if runs is None:
         runs = select(pid, mm, cancel)
-    pages = PagesFile(writer, pages_id, jobs, cancel, progress)
+    pages = pages_file(writer, pages_id, jobs, cancel, progress)
     pages.add_from_task(pid, runs)
     pages.finish("pagemap", pid, runs)
     return runs
@@ -84,7 +85,7 @@ def save_object(
     if size == 0:
         return 0
     runs = file_extents(fd, size)
-    pages = PagesFile(writer, pages_id, jobs, cancel, progress)
+    pages = pages_file(writer, pages_id, jobs, cancel, progress)
     pages.add_from_file(fd, runs)
     pages.finish("pagemap-shmem", ident, runs)
     return pages.size
@@ -109,6 +110,15 @@ def file_extents(fd: int, size: int) -> PageRuns:
         runs.nr_pages.append(nr_pages)
         offset = start + nr_pages * PAGE_BYTES
     return runs
+
+
+def pages_file(
+    writer: ImageWriter, pages_id: int, jobs: int | None, cancel: Cancel | None, progress: Progress | None
+) -> AnyPagesFile:
+    """A pages image in the making, in the form that the dump wants."""
+    if writer.crew is not None:
+        return CompressedPagesFile(writer, pages_id, writer.crew, cancel, progress)
+    return PagesFile(writer, pages_id, jobs, cancel, progress)
 
 
 class PagesFile:
@@ -151,3 +161,6 @@ class PagesFile:
         """Write the pagemap that says where the pages belong. ``runs`` are all that were added, in that order."""
         flags = array("I", [PRESENT]) * len(runs)
         write_pagemap(self._writer, kind, ident, self._pages_id, runs.vaddrs, runs.nr_pages, flags)
+
+
+AnyPagesFile: TypeAlias = PagesFile | CompressedPagesFile
