@@ -2,6 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.gpurestore-installed
+BENCH ?= quick
 HOST_PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -12,7 +13,7 @@ help:
 	@echo 'make demo    dump, kill and restore a live training job, and compare it with an undisturbed run'
 	@echo 'make test    the whole test suite'
 	@echo 'make lint    ruff, mypy --strict, and the C core with warnings as errors'
-	@echo 'make bench   timings of dump and restore, and of the overlap of memory and devices; OVERLAP_ARGS=--full for all'
+	@echo 'make bench   timings of dump and restore beside what the machine can do, BENCH=full for all; CRIU=PROGRAM compares'
 	@echo 'make build   rebuild the C core in place'
 	@echo 'make proto   regenerate the protobuf modules'
 	@echo 'make wheel   a wheel and a source archive in dist/'
@@ -43,9 +44,7 @@ lint: build
 	GPURESTORE_WERROR=1 $(PY) setup.py --quiet build_ext --force --build-temp build/lint --build-lib build/lint
 
 bench: build
-	$(PY) perf/restore_memory.py $(BENCH_ARGS)
-	@echo
-	$(PY) perf/overlap.py $(OVERLAP_ARGS)
+	$(PY) perf/bench.py $(BENCH) $(BENCH_ARGS)
 
 proto: $(STAMP)
 	$(PY) gpurestore/images/proto/generate.py

@@ -9,7 +9,7 @@ with --check the exit status says whether it did. After every restore the tasks 
 
 Times are of the operation itself, without the start of Python, and without the checksums of the images (--no-verify):
 those are checked before anything is created, and nothing overlaps with that. The table goes to stdout, and with samples
-and picture into the folder perf/results (or --results).
+and picture into the folder perf/results (or --results), under names with date and machine.
 """
 
 from __future__ import annotations
@@ -24,10 +24,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measure import GPURESTORE, ROOT, Series, again, machine, markdown_table, timed, workshop
+from measure import (
+    GPURESTORE,
+    RESULTS,
+    ROOT,
+    Broken,
+    Programs,
+    Series,
+    again,
+    machine,
+    machine_slug,
+    markdown_table,
+    timed,
+    workshop,
+)
 from overlap_plot import Panel, Point, draw
 from support import processes
-from support.victims import Compiler, Victim
+from support.victims import Victim
 
 from gpurestore import namespaces
 
@@ -64,11 +77,11 @@ class Measured:
 
     def median(self, mode: str) -> float:
         """Seconds."""
-        return statistics.median(self.series[mode].seconds)
+        return self.series[mode].median
 
     def spread(self, mode: str) -> str:
         """The least and the most."""
-        seconds = self.series[mode].seconds
+        seconds = self.series[mode].values
         return f"{min(seconds):.2f} to {max(seconds):.2f}"
 
     def row(self) -> list[str]:
@@ -93,11 +106,11 @@ HEADER = ("tasks", "D/M", "M s", "D s", "parallel s", "spread", "limit s", "seri
 class Tree:
     """One tree that was dumped once, and is restored again and again."""
 
-    def __init__(self, compiler: Compiler, folder: Path, tasks: int, mib: int, late: float) -> None:
+    def __init__(self, programs: Programs, folder: Path, tasks: int, mib: int, late: float) -> None:
         folder.mkdir()
         self.tasks, self.late = tasks, late
         self.images, self.log = folder / "images", folder / "calls"
-        self.victim = Victim.start(compiler.program("holders"), folder / "victim", str(tasks), str(mib // tasks))
+        self.victim = Victim.start(programs.program("holders"), folder / "victim", str(tasks), str(mib // tasks))
         timed([*GPURESTORE, "dump", "-t", str(self.victim.pid), "-D", self.images])
         self.victim.expect_gone()
 
@@ -116,7 +129,7 @@ class Tree:
             command += ["--plugin-option", f"overlap_device.{name}={value}"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.exit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+            raise Broken(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
         result = json.loads(done.stdout)
         self._check_calls(device_s)
         self.victim.finish()
@@ -128,10 +141,10 @@ class Tree:
         calls = [json.loads(line) for line in self.log.read_text().splitlines()]
         hooks = sorted(call["hook"] for call in calls)
         if hooks != sorted(["POST_FORKING", *["RESUME_DEVICES_LATE"] * self.tasks]):
-            sys.exit(f"the device of a restore of {self.tasks} tasks was called so: {hooks}")
+            raise Broken(f"the device of a restore of {self.tasks} tasks was called so: {hooks}")
         took_s = sum(call["ended"] - call["began"] for call in calls)
         if took_s < device_s * 0.999:
-            sys.exit(f"the device took {took_s:.3f} s instead of {device_s:.3f} s")
+            raise Broken(f"the device took {took_s:.3f} s instead of {device_s:.3f} s")
 
 
 def measure(tree: Tree, ratios: Sequence[float], runs: int) -> list[Measured]:
@@ -141,19 +154,34 @@ def measure(tree: Tree, ratios: Sequence[float], runs: int) -> list[Measured]:
     points = [Measured(tree.tasks, ratio, ratio * m_s) for ratio in ratios]
     for point in points:
         for mode in (ALONE, *MODES):
-            point.series[mode] = Series("restore", {"tasks": tree.tasks, "D/M": point.ratio, "mode": mode})
+            point.series[mode] = Series()
     for turn in range(runs):
         for point in points:
             for mode in MODES if turn % 2 == 0 else reversed(MODES):
-                point.series[mode].seconds.append(tree.restore(mode, point.d_s)[0])
+                point.series[mode].values.append(tree.restore(mode, point.d_s)[0])
             # M once more, at this very time: the machine may have become faster or slower.
-            point.series[ALONE].seconds.append(tree.restore("parallel", 0.0)[1])
+            point.series[ALONE].values.append(tree.restore("parallel", 0.0)[1])
     return points
+
+
+def panels(points: Sequence[Measured]) -> list[Panel]:
+    """What the picture shows: a panel for each number of tasks."""
+    found = []
+    for tasks in dict.fromkeys(point.tasks for point in points):
+        own = [point for point in points if point.tasks == tasks]
+        samples = [
+            Point(p.ratio, max(p.m_s, p.d_s), p.limit_s, p.series["parallel"].values, p.series["serial"].values)
+            for p in own
+        ]
+        m_s = statistics.median(p.m_s for p in own)
+        found.append(Panel(f"{tasks} task{'s' if tasks > 1 else ''}, M = {m_s:.2f} s", samples))
+    return found
 
 
 def report(points: Sequence[Measured], notes: Sequence[str], results: Path) -> None:
     """Print the table, and write table, samples and picture."""
     facts = machine()
+    name = f"{facts['date']}-{machine_slug()}-overlap"
     lines = ["## Overlap of memory and devices in a restore", "", ", ".join(f"{k} {v}" for k, v in facts.items()), ""]
     lines += markdown_table([HEADER, *(point.row() for point in points)])
     for note in notes:
@@ -161,22 +189,13 @@ def report(points: Sequence[Measured], notes: Sequence[str], results: Path) -> N
     text = "\n".join(lines) + "\n"
     print(text, end="")
     results.mkdir(parents=True, exist_ok=True)
-    (results / "overlap.md").write_text(text)
+    (results / f"{name}.md").write_text(text)
     data: dict[str, Any] = {"machine": facts, "notes": list(notes)}
     data["points"] = [
         {**asdict(point), "m_s": point.m_s, "limit_s": point.limit_s, "is_met": point.is_met} for point in points
     ]
-    (results / "overlap.json").write_text(json.dumps(data, indent=1) + "\n")
-    panels = []
-    for tasks in dict.fromkeys(point.tasks for point in points):
-        own = [point for point in points if point.tasks == tasks]
-        samples = [
-            Point(p.ratio, max(p.m_s, p.d_s), p.limit_s, p.series["parallel"].seconds, p.series["serial"].seconds)
-            for p in own
-        ]
-        m_s = statistics.median(p.m_s for p in own)
-        panels.append(Panel(f"{tasks} task{'s' if tasks > 1 else ''}, M = {m_s:.2f} s", samples))
-    for path in draw(panels, results / "overlap"):
+    (results / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    for path in draw(panels(points), results / name):
         where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         print(f"\nWritten: {where}", end="")
     print()
@@ -194,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help=f"tasks {FULL_TASKS}, D/M {FULL_RATIOS}, 1 GiB, 5 turns")
     parser.add_argument("--check", action="store_true", help="exit status 1 when a parallel restore is over its limit")
-    parser.add_argument("--results", type=Path, default=ROOT / "perf" / "results", metavar="DIR")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where images go (default: the temporary folder)")
     args = parser.parse_args()
     if not namespaces.may_restore():
@@ -203,9 +222,9 @@ def main() -> None:
     ratios = args.ratios or (FULL_RATIOS if args.full else QUICK_RATIOS)
     mib, runs = args.mib or (1024 if args.full else 512), args.runs or (5 if args.full else 3)
     points: list[Measured] = []
-    with workshop(args.folder) as (compiler, folder):
+    with workshop(args.folder) as (programs, folder):
         for nr in tasks:
-            points += measure(Tree(compiler, folder / f"{nr}", nr, mib, args.late), ratios, runs)
+            points += measure(Tree(programs, folder / f"{nr}", nr, mib, args.late), ratios, runs)
             processes.end_all_below()
     notes = [
         f"{mib} MiB of memory in all, images in the page cache; medians of {runs} turns, spread is least to most.",

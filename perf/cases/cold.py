@@ -1,0 +1,56 @@
+"""The same with images that are not in the page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from measure import MIB, Broken
+from subject import subject
+from suite import Bench, Contender, Outcome, Skipped, pages_files
+
+NAME = "cold"
+TITLE = "Restore of one task from the disk"
+
+_LEFT_BYTES = 16 * MIB  # more than this in the page cache, and a file is not cold
+
+
+def run(bench: Bench, outcome: Outcome) -> None:
+    """Measure."""
+    mib = bench.size(512, 4096, copies=2.2)
+    what = f"cold restore of {mib} MiB"
+    with subject(bench, outcome, "idle", mib, where=bench.disk) as tree:
+        (pages,) = pages_files(tree.images)
+        if left_in_cache(bench, tree.images):
+            raise Skipped(f"files in {bench.disk} cannot be dropped from the page cache; name a folder with --disk")
+        line = outcome.line(what, "floor", bench.floors.disk_reader, pages.stat().st_size)
+
+        def floor() -> None:
+            line.add("command", bench.floors.read_disk(pages))
+
+        folders = [tree.images, tree.criu_images]
+        contenders = [*tree.contenders(what, [(), ("--no-verify",)]), floor]
+        bench.in_turns([from_cold(bench, folders, contender) for contender in contenders])
+    # Verifying reads all images first: afterwards they are in the page cache, and memory alone says nothing.
+    outcome.line(what, "ours", "gpurestore").compared_by = "engine"
+    outcome.want_share(outcome.line(what, "ours", "gpurestore --no-verify"), 0.9)
+    for name in ("gpurestore", "gpurestore --no-verify"):
+        outcome.want_faster(outcome.line(what, "ours", name), outcome.best(what, "criu", "command"), 1)
+
+
+def from_cold(bench: Bench, folders: list[Path], contender: Contender) -> Callable[[], None]:
+    """``contender``, after all images were dropped from the page cache."""
+
+    def cold() -> None:
+        for folder in folders:
+            if left_in_cache(bench, folder):
+                raise Broken(f"{folder} does not leave the page cache")
+        contender()
+
+    return cold
+
+
+def left_in_cache(bench: Bench, folder: Path) -> bool:
+    """Drop the images from the page cache; whether that failed."""
+    files = list(folder.glob("*.img")) if folder.exists() else []
+    return bool(files) and bench.floors.evict(files) > _LEFT_BYTES

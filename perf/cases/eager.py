@@ -1,0 +1,27 @@
+"""One task with much private memory, images in the page cache."""
+
+from __future__ import annotations
+
+from floors import PRIVATE_WAYS
+from measure import MIB
+from subject import subject
+from suite import Bench, Outcome, pages_files
+
+NAME = "eager"
+TITLE = "Restore of one task from the page cache"
+
+
+def run(bench: Bench, outcome: Outcome) -> None:
+    """Measure."""
+    mib = bench.size(1024, 4096)
+    what = f"restore of {mib} MiB"
+    with subject(bench, outcome, "idle", mib) as tree:
+        contenders = tree.contenders(what, [(), ("--no-verify",)])
+        contenders += bench.copy_floors(outcome, what, pages_files(tree.images), PRIVATE_WAYS)
+        bench.in_turns(contenders)
+    ours = outcome.line(what, "ours", "gpurestore")
+    trusting = outcome.line(what, "ours", "gpurestore --no-verify")
+    assert ours.nr_bytes >= mib * MIB
+    for line in (ours, trusting):
+        outcome.want_faster(line, outcome.best(what, "criu", "command"), 5)
+    outcome.want_share(ours, 0.75)

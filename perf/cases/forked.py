@@ -1,0 +1,59 @@
+"""Memory that forked workers share with their parent copy-on-write."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from floors import PRIVATE_WAYS
+from measure import MIB
+from subject import Subject, subject
+from suite import Bench, Contender, Outcome, Skipped, pages_files, sum_of_pss
+
+NAME = "forked"
+TITLE = "Restore of memory shared by fork"
+NR_WORKERS = 8
+_PROBE_MIB = 16
+
+
+def run(bench: Bench, outcome: Outcome) -> None:
+    """Measure."""
+    probe(bench, outcome)
+    mib = bench.size(512, 2048)
+    what = f"restore of {mib} MiB"
+    with (
+        subject(bench, outcome, "forked", 0, mib, with_criu=False) as alone,
+        subject(bench, outcome, "forked", NR_WORKERS, mib) as tree,
+    ):
+        alone_line = outcome.line(what, "ours", "gpurestore, the parent alone", alone.nr_bytes)
+        shared_line = outcome.line(what, "ours", f"gpurestore, with {NR_WORKERS} workers", tree.nr_bytes)
+        contenders: list[Contender] = [partial(alone.restore, alone_line), partial(tree.restore, shared_line)]
+        if tree.criu:
+            criu_line = outcome.line(what, "criu", f"CRIU, with {NR_WORKERS} workers", tree.nr_bytes)
+            contenders.append(partial(tree.restore_by_criu, criu_line))
+        contenders += bench.copy_floors(outcome, what, pages_files(tree.images), PRIVATE_WAYS)
+        bench.in_turns(contenders)
+        before, after = tree.pss_bytes, pss_after(tree)
+    ratio = shared_line.median("command") / alone_line.median("command")
+    outcome.want_below(f"{what}: with {NR_WORKERS} workers against the parent alone", 1.2, ratio, "x")
+    change = abs(after - before) / before
+    outcome.want_below(f"{what}: change of the sum of PSS", 5, 100 * change, "%")
+    outcome.notes.append(f"Sum of PSS: {before / MIB:.1f} MiB before the dump, {after / MIB:.1f} MiB after a restore.")
+
+
+def probe(bench: Bench, outcome: Outcome) -> None:
+    """Raise Skipped where shared pages are stored once per task: gigabytes would become tens of gigabytes."""
+    with subject(bench, outcome, "forked", NR_WORKERS, _PROBE_MIB, with_criu=False) as small:
+        stored = sum(file.stat().st_size for file in pages_files(small.images))
+    if stored > 2 * _PROBE_MIB * MIB:
+        raise Skipped(
+            f"this version of gpurestore stores pages that {NR_WORKERS} workers share with their parent"
+            f" {stored / (_PROBE_MIB * MIB):.1f} times"
+        )
+
+
+def pss_after(tree: Subject) -> int:
+    """Sum of PSS of a restored tree that waits."""
+    tree.bench.gpurestore.restore(tree.images)
+    pss = sum_of_pss(tree.victim.pids)
+    tree.verify()
+    return pss

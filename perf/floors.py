@@ -1,0 +1,136 @@
+"""The limits of this machine, measured by perf/floors.c and by fio: what nobody can be faster than.
+
+    perf/floors.py [--gib N] [--runs N] [--folder DIR]
+
+Run as a command it prints the table of docs/performance.md: a plain copy from the page cache into fresh memory, over
+threads, huge pages, population and chunk sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from measure import GIB, MIB, Programs, Series, digits, markdown_table, timed, workshop
+
+KINDS = ("small", "huge", "shared", "shared-huge")
+_MIN_TOUCH = 64 * MIB
+
+
+def default_threads() -> int:
+    """As many as the engine uses for memory."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to copy: kind of memory, who faults it in, and bytes per read."""
+
+    memory: str
+    populate: str
+    chunk_bytes: int
+
+    @property
+    def options(self) -> list[str]:
+        """For the program."""
+        return ["--memory", self.memory, "--populate", self.populate, "--chunk", str(self.chunk_bytes)]
+
+    def __str__(self) -> str:
+        kind = {"small": "4 KiB pages", "huge": "huge pages", "shared": "shared", "shared-huge": "shared huge pages"}
+        ahead = ", populated ahead" if self.populate == "ahead" else ""
+        return f"{kind[self.memory]}{ahead}, {self.chunk_bytes // 1024} KiB"
+
+
+# The best of these is the floor of a run: which one wins depends on the machine and changes from run to run.
+SMALL_WAYS = (Way("small", "ahead", MIB),)
+PRIVATE_WAYS = (*SMALL_WAYS, Way("huge", "none", 4 * MIB), Way("huge", "ahead", 4 * MIB))
+SHARED_WAYS = (Way("shared", "ahead", MIB), Way("shared-huge", "none", 4 * MIB), Way("shared-huge", "ahead", 4 * MIB))
+
+
+class Floors:
+    """Runs the program."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._program = programs.compiled(Programs.PERF / "floors.c")
+        self.fio = shutil.which("fio")
+
+    @property
+    def disk_reader(self) -> str:
+        """What measures the disk."""
+        return "fio, io_uring, depth 32, 1 MiB" if self.fio else "our O_DIRECT reader, 32 threads, 1 MiB"
+
+    def copy(self, files: Sequence[Path], way: Way, threads: int) -> float:
+        """Seconds for reading ``files`` from the page cache into fresh memory."""
+        return self._run("copy", "--threads", str(threads), *way.options, *files)[0]
+
+    def write(self, target: Path, nr_bytes: int, threads: int, *, direct: bool = False, sync: bool = False) -> float:
+        """Seconds for writing memory to the new file ``target``, which is removed again."""
+        flags = ["--direct"] * direct + ["--sync"] * sync
+        options = ["--memory", "huge", "--bytes", str(nr_bytes), "--threads", str(threads), "--chunk", str(4 * MIB)]
+        try:
+            return self._run("write", *options, *flags, target)[0]
+        finally:
+            target.unlink(missing_ok=True)
+
+    def read_disk(self, file: Path) -> float:
+        """Seconds for reading ``file`` past the page cache, by fio where that is installed."""
+        if not self.fio:
+            return self._run("read", "--threads", "32", "--chunk", str(MIB), file)[0]
+        command = [self.fio, "--name=floor", f"--filename={file}", "--rw=read", "--direct=1", "--ioengine=io_uring"]
+        command += ["--iodepth=32", "--bs=1M", "--readonly", "--output-format=json"]
+        job = json.loads(timed(command)[1])["jobs"][0]["read"]
+        # fio reads whole blocks only: what is left at the end of the file takes its share.
+        return float(job["runtime"]) / 1000 * file.stat().st_size / int(job["io_bytes"])
+
+    def touch(self, nr_bytes: int) -> None:
+        """Have the hypervisor back memory that is about to be used: it takes free memory away within seconds."""
+        options = ["--threads", str(default_threads()), "--chunk", str(4 * MIB), "--memory", "huge"]
+        self._run("touch", *options, "--bytes", str(max(_MIN_TOUCH, nr_bytes)))
+
+    def evict(self, files: Sequence[Path]) -> int:
+        """Drop files from the page cache; the bytes that stayed there nevertheless."""
+        return self._run("evict", *files)[1]
+
+    def _run(self, *arguments: str | Path) -> tuple[float, int]:
+        answer = json.loads(timed([self._program, *arguments])[1])
+        return float(answer["seconds"]), int(answer["bytes"])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the file (default: 1)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where it lies (default: /dev/shm)")
+    parser.add_argument("--memory", nargs="+", choices=KINDS, default=KINDS, help="kinds of memory (default: all)")
+    args = parser.parse_args()
+    nr_bytes = int(args.gib * GIB)
+    chunks = [256 << 10, 1 * MIB, 4 * MIB, 16 * MIB]
+    rows = [["threads", "memory", "populated", *(f"{chunk >> 10} KiB" for chunk in chunks)]]
+    with workshop(args.folder) as (programs, folder):
+        floors = Floors(programs)
+        file = folder / "pages"
+        file.write_bytes(b"")
+        with open(file, "wb") as out:
+            for _ in range(nr_bytes // MIB):
+                out.write(os.urandom(MIB))
+        for threads in sorted({1, default_threads(), 2 * default_threads()}):
+            for memory in args.memory:
+                for populate in ("none", "ahead"):
+                    series = [Series() for _ in chunks]
+                    for _ in range(args.runs):
+                        for chunk, entry in zip(chunks, series, strict=True):
+                            floors.touch(nr_bytes)
+                            entry.values.append(floors.copy([file], Way(memory, populate, chunk), threads))
+                    cells = [digits(nr_bytes / entry.median / 1e9) for entry in series]
+                    rows.append([str(threads), memory, populate, *cells])
+    print("\n".join(markdown_table(rows)) + "\nGB/s, medians")
+
+
+if __name__ == "__main__":
+    main()

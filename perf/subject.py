@@ -1,0 +1,117 @@
+"""Trees that every tool dumped once, and that are restored again and again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from measure import Broken, again
+from suite import Bench, Contender, Line, Outcome, remove, sum_of_pss
+from support import processes
+from support.victims import Victim
+from tools import Criu, Run
+
+
+class Subject:
+    """A tree that every tool dumped once, and that is restored again and again, verifying itself each time."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        outcome: Outcome,
+        victim: str,
+        *arguments: str | int,
+        where: Path | None = None,
+        dump_options: Sequence[str] = (),
+        with_criu: bool = True,
+    ) -> None:
+        self.bench, self.outcome = bench, outcome
+        self.folder = (where or bench.folder) / f"{outcome.case}-{victim}-{len(os.listdir(where or bench.folder))}"
+        self.folder.mkdir()
+        self.images, self.criu_images = self.folder / "images", self.folder / "criu"
+        self.victim = Victim.start(bench.programs.program(victim), self.folder / "victim", *map(str, arguments))
+        self.pss_bytes = sum_of_pss(self.victim.pids)
+        self.criu = bench.criu if with_criu else None
+        keep = ("-R",) if self.criu else ()
+        self.dumped = bench.gpurestore.dump(self.victim.pid, self.images, *keep, *dump_options)
+        self.criu_dumped: Run | None = None
+        if self.criu:
+            self._dump_with_criu(self.criu)
+        self.victim.expect_gone()
+        self.nr_bytes = int(self.dumped.facts["memory_bytes"])
+
+    def _dump_with_criu(self, criu: Criu) -> None:
+        try:
+            self.criu_dumped = criu.dump(self.victim.pid, self.criu_images)
+        except Broken as error:
+            self.outcome.notes.append(f"CRIU does not dump this tree: {error}")
+            self.criu = None
+            processes.kill(self.victim.pids)
+
+    def restore(self, line: Line, *options: str) -> Run:
+        """Restore with gpurestore; the tree checks itself outside of the timed part."""
+        self.warm_up()
+        run = self.bench.gpurestore.restore(self.images, *options)
+        line.add_run(run)
+        self.verify()
+        return run
+
+    def restore_by_criu(self, line: Line) -> None:
+        """The same with CRIU; where it fails that is noted, and it is not asked again."""
+        if self.criu is None:
+            return
+        self.warm_up()
+        try:
+            line.add_run(self.criu.restore(self.criu_images))
+        except Broken as error:
+            self.outcome.notes.append(f"CRIU does not restore this tree: {error}")
+            self.criu = None
+            return
+        self.verify()
+
+    def warm_up(self) -> None:
+        """Touch as much memory as a restore needs, with some room for page tables and the tool."""
+        self.bench.floors.touch(self.nr_bytes * 17 // 16)
+
+    def verify(self) -> None:
+        """The restored tree checks its memory and ends."""
+        try:
+            self.victim.finish()
+        except AssertionError as error:
+            raise Broken(f"what was restored is not what was dumped: {error}") from error
+        again(self.victim)
+
+    def contenders(self, what: str, variants: Sequence[tuple[str, ...]] = ((),)) -> list[Contender]:
+        """A restore with each of the ``variants`` of options, and one by CRIU."""
+        found: list[Contender] = []
+        for options in variants:
+            line = self.outcome.line(what, "ours", " ".join(("gpurestore", *options)), self.nr_bytes)
+            found.append(partial(self.restore, line, *options))
+        if self.criu:
+            criu_line = self.outcome.line(what, "criu", "CRIU", self.nr_bytes)
+            found.append(partial(self.restore_by_criu, criu_line))
+        return found
+
+
+@contextmanager
+def subject(
+    bench: Bench,
+    outcome: Outcome,
+    victim: str,
+    *arguments: str | int,
+    where: Path | None = None,
+    dump_options: Sequence[str] = (),
+    with_criu: bool = True,
+) -> Iterator[Subject]:
+    """A :class:`Subject`; nothing of it is left afterwards, whatever happens."""
+    folder = where or bench.folder
+    before = set(folder.iterdir())
+    try:
+        yield Subject(bench, outcome, victim, *arguments, where=where, dump_options=dump_options, with_criu=with_criu)
+    finally:
+        processes.end_all_below()
+        for path in set(folder.iterdir()) - before:
+            remove(path)
