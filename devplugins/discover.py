@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gpurestore.errors import PluginNotFoundError, PluginOpenError
 
@@ -19,8 +19,7 @@ FOLDER_VARIABLE = "CRIU_LIBS_DIR"
 DEFAULT_FOLDER = Path("/usr/lib/criu")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A plugin that may be loaded: a file, or an entry point's ``target``.
 
     ``asked_for``: somebody named the folder. One that merely lies in CRIU's own folder and needs CRIU's inside is

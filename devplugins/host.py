@@ -10,9 +10,9 @@ import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 
@@ -39,16 +39,14 @@ CANCELLED_GRACE_S = 10.0
 HUNG_GRACE_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimResult:
+class ClaimResult(NamedTuple):
     """Who claimed a resource, and the hook's value."""
 
     plugin: str
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class UsedPlugin:
+class UsedPlugin(NamedTuple):
     """A plugin that the images need."""
 
     name: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpurestore.syscalls import NR
 
@@ -23,23 +24,20 @@ _U64 = (1 << 64) - 1
 EXPECT_OK, EXPECT_EXACT, EXPECT_ANY = 0, 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """A pointer to a copy of ``payload``. ``pointers`` are (offset, target): 8 bytes there point to another buffer."""
 
     payload: bytes
     pointers: tuple[tuple[int, Buffer], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Out:
+class Out(NamedTuple):
     """A pointer to ``size`` zeroed bytes whose content after the call comes back in :class:`CallResult`."""
 
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class InOut:
+class InOut(NamedTuple):
     """A pointer to a copy of ``payload`` whose content after the call comes back in :class:`CallResult`."""
 
     payload: bytes
@@ -56,8 +54,7 @@ Buffer = Data | Out | InOut
 Arg = int | Buffer | Ref
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One system call for the agent.
 
     ``what`` says in words what it is for: it is shown by ``--dry-run`` and stands in front of the errno on failure.
@@ -74,16 +71,14 @@ class Call:
         return f"{self.what or self.nr.name}: {self.nr.name}({', '.join(map(_show, self.args))})"
 
 
-@dataclass(frozen=True, slots=True)
-class CallResult:
+class CallResult(NamedTuple):
     """``result`` is the raw return value (negative errno on failure), ``outs`` the Out/InOut buffers in order."""
 
     result: int
     outs: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchState:
+class BatchState(NamedTuple):
     """What the agent left behind: ``failed`` is the index of the call that ended the batch early, or None."""
 
     results: tuple[CallResult, ...]

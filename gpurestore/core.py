@@ -7,8 +7,7 @@ into a :class:`Tracer`: requests are carried out one after another by the thread
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from gpurestore import _core, batch
 from gpurestore.batch import Call, CallResult
@@ -51,8 +50,7 @@ def check(result: int, err: Any) -> int:
     raise CoreError(err.code, context)
 
 
-@dataclass(frozen=True, slots=True)
-class Rseq:
+class Rseq(NamedTuple):
     """A registered restartable-sequences area (rseq(2))."""
 
     address: int
@@ -61,8 +59,7 @@ class Rseq:
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadState:
+class ThreadState(NamedTuple):
     """What ptrace knows of a stopped thread.
 
     ``regs`` are named as in ``struct user_regs_struct`` and stand as the kernel holds them: an interrupted system call

@@ -6,7 +6,7 @@ A message says what failed, where, why and what to do, in one line. The cause is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class GpurestoreError(Exception):
@@ -33,8 +33,7 @@ class TracedError(GpurestoreError):
     """Somebody else traces the task already."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One obstacle: where it is (``pid 12, fd 3``), what it is, and why it stands in the way."""
 
     where: str

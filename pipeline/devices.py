@@ -10,9 +10,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -31,8 +30,7 @@ from gpurestore.tasks.external import Claim, Redirect, RetryFile
 log = logging.getLogger("gpurestore.plugin")
 
 
-@dataclass(frozen=True, slots=True)
-class PluginSettings:
+class PluginSettings(NamedTuple):
     """What the user says about plugins: a folder of them, PLUGIN.NAME[=VALUE] options, a limit for every hook."""
 
     libdir: Path | None = None

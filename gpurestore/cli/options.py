@@ -136,11 +136,13 @@ def set_up_log(log_file: Path | None, verbose: int) -> None:
 
 
 def to_data(value: Any) -> Any:
-    """A result as plain JSON values: dataclasses become objects, paths and bytes text."""
+    """A result as plain JSON values: dataclasses and named tuples become objects, paths and bytes text."""
     import dataclasses
 
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {str(key): to_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

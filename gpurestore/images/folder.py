@@ -6,10 +6,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import manifest as manifests
@@ -24,8 +23,7 @@ from gpurestore.images.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 MAX_IMAGE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class GhostRun:
+class GhostRun(NamedTuple):
     """``bytes`` bytes at ``image_offset`` of a ghost image belong at ``file_offset`` of the file."""
 
     image_offset: int

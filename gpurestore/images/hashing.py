@@ -12,7 +12,7 @@ import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -27,8 +27,7 @@ _INLINE_BYTES = 8 << 20
 Cancel = Callable[[], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """What the manifest knows of a file."""
 
     bytes: int

@@ -10,7 +10,7 @@ Everything is little endian. ``pages-N.img`` is raw: pages and nothing else.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from google.protobuf.message import Message
 
@@ -29,8 +29,7 @@ PAYLOAD_RECORD = "record"  # each record is followed by as many bytes as its fie
 PAYLOAD_FILE = "file"  # the first record is followed by the content of a file
 
 
-@dataclass(frozen=True, slots=True)
-class ImageKind:
+class ImageKind(NamedTuple):
     """One kind of image. ``ident_format`` is None where a dump has only one such file."""
 
     name: str

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import xxhash
 
@@ -26,8 +26,7 @@ _HEX_DIGITS = frozenset("0123456789abcdef")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class PluginRecord:
+class PluginRecord(NamedTuple):
     """A device plugin that the dump used."""
 
     name: str

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpurestore.core import ffi, lib, new_error
 from gpurestore.errors import ImageError
@@ -23,8 +22,7 @@ LAZY = 2  # may be brought in when first touched
 PRESENT = 4  # the bytes are in the pages image
 
 
-@dataclass(frozen=True, slots=True)
-class Pagemap:
+class Pagemap(NamedTuple):
     """Runs of pages: ``nr_pages[i]`` of them from ``vaddrs[i]`` on, what they are in ``flags[i]``.
 
     Every address is that of a page, no run is empty or wraps around. CRIU may write runs out of order: only if

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from gpurestore.batch import Arg, Call, CallResult, Data, Ref
 from gpurestore.syscalls import NR
@@ -28,7 +27,7 @@ def join(plans: Iterable[list[Call]]) -> list[Call]:
 def _moved(call: Call, start: int) -> Call:
     if not any(isinstance(arg, Ref) for arg in call.args):
         return call
-    return replace(call, args=tuple(Ref(a.index + start) if isinstance(a, Ref) else a for a in call.args))
+    return call._replace(args=tuple(Ref(a.index + start) if isinstance(a, Ref) else a for a in call.args))
 
 
 def prctl(option: int, *args: Arg, what: str = "", want: int | None = None, may_fail: bool = False) -> Call:

@@ -8,8 +8,7 @@ Dump: :func:`collect`. Restore, in this order: :func:`plan_process` ``early`` in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpurestore.batch import Call
 from gpurestore.errors import Finding, GpurestoreError, ImageError
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 _SETTLE_ATTEMPTS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessPlan:
+class ProcessPlan(NamedTuple):
     """Calls for the leader: ``early`` before mappings, ``late`` after memory and threads."""
 
     early: list[Call]

@@ -8,8 +8,7 @@ none at all for what the restorer already has, so that an unprivileged user can 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpurestore.batch import Call, Data
 from gpurestore.errors import Finding, ImageError
@@ -44,8 +43,7 @@ def cap_names(mask: int) -> str:
     return ", ".join(f"CAP_{n}" for n in names)
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(NamedTuple):
     """Ids are (real, effective, saved, file system); capability sets are masks."""
 
     uids: tuple[int, int, int, int]

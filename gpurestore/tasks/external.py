@@ -10,8 +10,7 @@ from __future__ import annotations
 import enum
 import os
 import stat
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gpurestore.errors import Finding, GpurestoreError
 from gpurestore.images import pb
@@ -43,8 +42,7 @@ class RetryFile(Exception):  # noqa: N818 - an answer, not an error
     """The plugin wants to be asked again when other files are open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Redirect:
+class Redirect(NamedTuple):
     """Map ``fd`` (ours, to be closed by the caller; -1: the path itself) at offset ``pgoff``."""
 
     pgoff: int

@@ -11,6 +11,7 @@ import os
 import resource
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpurestore.images import pb
 
@@ -24,8 +25,7 @@ O_TMPFILE_BIT = 0o20000000  # __O_TMPFILE; O_TMPFILE is this and O_DIRECTORY
 _DELETED = " (deleted)"
 
 
-@dataclass(frozen=True, slots=True)
-class LockLine:
+class LockLine(NamedTuple):
     """One ``lock:`` line: ``kind`` is FLOCK, POSIX, OFDLCK or LEASE; ``end`` is None for "to the end of the file"."""
 
     kind: str

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpurestore import core
 from gpurestore.batch import Call, CallResult
@@ -24,8 +25,7 @@ from gpurestore.tasks.maps import Vma
 _EPERM = 1
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenThread:
+class FrozenThread(NamedTuple):
     """A stopped thread and its registers."""
 
     tid: int

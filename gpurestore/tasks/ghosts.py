@@ -18,7 +18,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import container, pb
@@ -137,8 +137,7 @@ def _timeval(nanoseconds: int) -> pb.timeval:
 # ---- restore ----
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(NamedTuple):
     """The head of a ghost image, and where its bytes are."""
 
     name: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from gpurestore.errors import Finding
 from gpurestore.tasks import vmaflags
@@ -41,8 +41,7 @@ _KERNEL_STATUS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(NamedTuple):
     """How the image describes a mapping. ``file`` says that a file stands behind it, which FILES must record."""
 
     status: int

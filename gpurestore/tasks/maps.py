@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from gpurestore.errors import NoSuchTaskError
 
@@ -31,8 +30,7 @@ _HEADER = re.compile(
 _DELETED = " (deleted)"
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
+class Vma(NamedTuple):
     """One mapping. ``path`` is what the kernel shows, without the mark of deletion: a path, ``[stack]``, or nothing."""
 
     start: int
@@ -44,7 +42,7 @@ class Vma:
     ino: int
     path: str
     deleted: bool
-    flags: frozenset[str] = field(default_factory=frozenset)  # VmFlags, two letters each
+    flags: frozenset[str] = frozenset()  # VmFlags, two letters each
     rss_bytes: int = 0
     swap_bytes: int = 0
     locked_bytes: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpurestore.errors import NoSuchTaskError, PrivilegeError
 
@@ -21,8 +21,7 @@ PF_LOCAL_THROTTLE = 0x00100000
 PF_KTHREAD = 0x00200000
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(NamedTuple):
     """/proc/PID/stat, the fields that anybody needs. ``exit_code`` reads 0 without the right to trace the task."""
 
     pid: int
@@ -40,8 +39,7 @@ class Stat:
     exit_code: int
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """/proc/PID/status: ids are (real, effective, saved, file system) as seen from our user namespace."""
 
     state: str
@@ -69,8 +67,7 @@ class Status:
     kernel_thread: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TimerLine:
+class TimerLine(NamedTuple):
     """One POSIX timer out of /proc/PID/timers. ``notify`` is the SIGEV_ value; ``target`` the pid or tid told."""
 
     timer_id: int

@@ -36,8 +36,7 @@ TASK_ALIVE, TASK_DEAD, TASK_STOPPED = 1, 2, 3
 DEAD = (TASK_DEAD, 6)  # 6: CRIU's name for a zombie that it still looks at
 
 
-@dataclass(frozen=True, slots=True)
-class Birth:
+class Birth(NamedTuple):
     """``parent``'s agent clones ``pid``; None: the main process forks it. A helper is no task of the images."""
 
     pid: int
@@ -46,8 +45,7 @@ class Birth:
     helper: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """``pid`` runs ``calls`` in its leader. With ``exits`` the last call does not return: wait until it is a zombie."""
 
     pid: int

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
@@ -30,8 +30,7 @@ _PT_NOTE = 4
 _NT_GNU_BUILD_ID = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(NamedTuple):
     """Where a restore will find the file: by ``name``, or nowhere (``ghost``: its content must be carried)."""
 
     name: str

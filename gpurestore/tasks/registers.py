@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpurestore.batch import Call
 from gpurestore.errors import Finding, ImageError
@@ -54,8 +53,7 @@ _HEADER_OFFSET, _HEADER_END = 512, 576
 _FP_AND_SSE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Component:
+class Component(NamedTuple):
     """A part of the XSAVE area that CRIU's message has a field for."""
 
     field: str
@@ -76,8 +74,7 @@ _NAMES = {2: "AVX", 9: "PKU", 19: "APX", **dict.fromkeys((3, 4), "MPX"), **dict.
 _NAMES |= dict.fromkeys((17, 18), "AMX")
 
 
-@dataclass(frozen=True, slots=True)
-class XstateLayout:
+class XstateLayout(NamedTuple):
     """Where a CPU keeps the components of its standard-format XSAVE area, by number: (offset, bytes)."""
 
     bytes: int

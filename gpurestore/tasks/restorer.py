@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpurestore.tasks import cpu, procfs
 from gpurestore.tasks.credentials import CAP, Credentials, from_status
@@ -18,8 +18,7 @@ _NS_GET_USERNS = 0xB701
 _RLIMIT_NICE, _RLIMIT_RTPRIO = 13, 14
 
 
-@dataclass(frozen=True, slots=True)
-class Restorer:
+class Restorer(NamedTuple):
     credentials: Credentials
     limits: tuple[tuple[int, int], ...]
     nice: int = 0
@@ -30,7 +29,7 @@ class Restorer:
     uid_ranges: tuple[tuple[int, int], ...] = ((0, 1 << 32),)  # (first, count) of the ids that exist here
     gid_ranges: tuple[tuple[int, int], ...] = ((0, 1 << 32),)
     pid_max: int = 1 << 22
-    cpus: frozenset[int] = field(default_factory=frozenset)
+    cpus: frozenset[int] = frozenset()
     kernel: tuple[int, int] = (6, 18)
 
     def may(self, cap: str) -> bool:

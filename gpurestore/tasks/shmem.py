@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from gpurestore.batch import Call, Out
 from gpurestore.core import Cancel, check, lib, new_error
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 _MINCORE_PAGES = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A mapping that shows ``size`` bytes of an object, from ``offset`` on, at ``address`` of task ``pid``."""
 
     pid: int

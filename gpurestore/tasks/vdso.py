@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
@@ -24,8 +24,7 @@ _MAX_SECTIONS = 256
 _MAX_SYMBOLS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One mapping that the kernel made. ``code`` is true for the vdso itself."""
 
     start: int
@@ -37,8 +36,7 @@ class Part:
         return self.start + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Where a task has its parts, in ascending order. Empty for a task that unmapped them."""
 
     parts: tuple[Part, ...] = ()
@@ -99,7 +97,7 @@ def moves(own: Layout, mm: pb.mm_entry) -> list[tuple[Part, Part]]:
             raise ImageError("the images have areas of the kernel (vdso, vvar) that this kernel cannot provide")
         at = theirs[0].start
         for part in mine:
-            pairs.append((part, replace(part, start=at)))
+            pairs.append((part, part._replace(start=at)))
             at += part.size
     return pairs
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,9 +44,9 @@ def _copy(core):
 
 def test_nothing_stands_against_restoring_ourselves(own):
     core, facts, pid = own
-    here = replace(Restorer.here(), owns_pid_namespace=True)
-    capable = replace(here.credentials, effective=here.credentials.effective | 1 << 40)
-    assert _checks(core, facts, pid, replace(here, credentials=replace(capable, securebits=0))) == []
+    here = Restorer.here()._replace(owns_pid_namespace=True)
+    capable = here.credentials._replace(effective=here.credentials.effective | 1 << 40)
+    assert _checks(core, facts, pid, here._replace(credentials=capable._replace(securebits=0))) == []
 
 
 def test_all_that_an_ordinary_user_lacks_is_listed_at_once(own):
@@ -63,7 +61,7 @@ def test_all_that_an_ordinary_user_lacks_is_listed_at_once(own):
     facts.threads[pid] = ThreadFacts(affinity="4000-4001", ioprio=1 << 13, io_flusher=1)
     creds = core.thread_core.creds
     creds.uid = creds.euid = creds.suid = creds.fsuid = 4242
-    found = "\n".join(_checks(core, facts, pid, replace(USER, pid_max=2)))
+    found = "\n".join(_checks(core, facts, pid, USER._replace(pid_max=2)))
     for word in (
         *("pid_max", "CAP_CHECKPOINT_RESTORE", "nice -5", "real-time priority 50", "RLIMIT_RTTIME is 77"),
         *("CAP_WAKE_ALARM", "CPUs 4000-4001", "I/O priority", "I/O flusher", "user 4242", "CAP_SETUID"),
@@ -73,7 +71,7 @@ def test_all_that_an_ordinary_user_lacks_is_listed_at_once(own):
 
 def test_ids_outside_of_the_user_namespace_are_found(own):
     core, facts, pid = own
-    restorer = replace(USER, uid_ranges=((0, 1),), gid_ranges=((0, 1),), in_user_namespace=True)
+    restorer = USER._replace(uid_ranges=((0, 1),), gid_ranges=((0, 1),), in_user_namespace=True)
     other = _copy(core)
     other.thread_core.creds.uid = 5
     assert any("user id 5: it does not exist" in f for f in _checks(other, facts, pid, restorer))

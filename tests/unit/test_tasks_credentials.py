@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 from support.selfcalls import execute, in_child
@@ -25,26 +24,25 @@ def _bits(*names):
 
 def _wanted():
     own = _own()
-    user = replace(own, uids=(1000,) * 4, gids=(1001,) * 4, permitted=0, effective=0, groups=(4, 7))
+    user = own._replace(uids=(1000,) * 4, gids=(1001,) * 4, permitted=0, effective=0, groups=(4, 7))
     return {
         "a user": user,
-        "a user with ids that differ": replace(user, uids=(1000, 1002, 1003, 1003), gids=(1, 2, 3, 4)),
-        "a user with capabilities": replace(user, permitted=_bits("NET_RAW", "KILL"), effective=_bits("KILL")),
-        "a user with ambient capabilities": replace(
-            user,
+        "a user with ids that differ": user._replace(uids=(1000, 1002, 1003, 1003), gids=(1, 2, 3, 4)),
+        "a user with capabilities": user._replace(permitted=_bits("NET_RAW", "KILL"), effective=_bits("KILL")),
+        "a user with ambient capabilities": user._replace(
             permitted=_bits("NET_RAW"),
             effective=_bits("NET_RAW"),
             inheritable=_bits("NET_RAW"),
             ambient=_bits("NET_RAW"),
         ),
-        "a user who gave up capabilities": replace(user, bounding=_bits("KILL"), no_new_privs=True),
-        "root without capabilities": replace(own, permitted=0, effective=0),
-        "root with a smaller bounding set": replace(own, bounding=own.bounding & ~_bits("SYS_ADMIN", "NET_RAW")),
-        "root with locked securebits": replace(own, securebits=0b101111),
-        "securebits that forbid ambient ones": replace(
-            own, inheritable=_bits("KILL"), ambient=_bits("KILL"), securebits=0b1000000
+        "a user who gave up capabilities": user._replace(bounding=_bits("KILL"), no_new_privs=True),
+        "root without capabilities": own._replace(permitted=0, effective=0),
+        "root with a smaller bounding set": own._replace(bounding=own.bounding & ~_bits("SYS_ADMIN", "NET_RAW")),
+        "root with locked securebits": own._replace(securebits=0b101111),
+        "securebits that forbid ambient ones": own._replace(
+            inheritable=_bits("KILL"), ambient=_bits("KILL"), securebits=0b1000000
         ),
-        "a user who keeps capabilities": replace(user, securebits=0b10000),
+        "a user who keeps capabilities": user._replace(securebits=0b10000),
     }
 
 
@@ -79,7 +77,7 @@ def test_what_an_ordinary_user_cannot_become_is_found():
 def test_groups_are_left_alone_where_setgroups_is_denied():
     have = Credentials((0,) * 4, (0,) * 4, (65534,), effective=_bits("SETGID"))
     assert credentials.check(have, have, "pid 7", setgroups_allowed=False) == []
-    other = replace(have, groups=(1,))
+    other = have._replace(groups=(1,))
     (found,) = credentials.check(other, have, "pid 7", setgroups_allowed=False)
     assert "denies setgroups" in str(found)
 
