@@ -32,9 +32,12 @@ class Found(NamedTuple):
     asked_for: bool = True
 
 
-def find(libdir: Path | None) -> list[Found]:
-    """All plugins, in the order in which they are loaded and asked: the folder's by file name, then the packages'."""
-    return [*_in_folder(libdir), *entry_points()]
+def find(libdir: Path | None, *, packages: bool = True) -> list[Found]:
+    """All plugins, in the order in which they are loaded and asked: the folder's by file name, then the packages'.
+
+    Without ``packages`` only the folder's: nobody asks for the others, and looking takes some milliseconds.
+    """
+    return [*_in_folder(libdir), *(entry_points() if packages else [])]
 
 
 def _in_folder(libdir: Path | None) -> Iterator[Found]:

@@ -92,7 +92,7 @@ class PluginHost:
         ``needed`` are the names in the inventory of images to be restored; :meth:`require` is then called, too.
         """
         self._context = context
-        found = find(self._libdir)
+        found = find(self._libdir, packages=needed is None or bool(needed or self._options))
         if not found and not self._options and not needed:
             return
         try:

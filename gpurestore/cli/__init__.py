@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from gpurestore.errors import GpurestoreError, NeedsPersonError, leading
 
+COMMANDS = ("dump", "restore", "inspect", "timeline", "plugins", "check", "demo")  # each a module beside this one
+
 _DESCRIPTION = """\
 Freeze a running process tree, write it to images, and bring it back - on this machine or another one."""
 
@@ -37,10 +39,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{name}: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+def build_parser(command: str | None = None) -> Parser:
+    """The whole command line, or if ``command`` is one of :data:`COMMANDS` what it takes to parse that."""
+    from importlib import import_module
+
     from gpurestore import __version__
-    from gpurestore.cli import check, demo, dump, inspect, plugins, restore, timeline
 
     parser = Parser(
         prog="gpurestore",
@@ -51,8 +54,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"gpurestore {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (dump, restore, inspect, timeline, plugins, check, demo):
-        module.add_parser(commands)
+    for name in [command] if command in COMMANDS else COMMANDS:
+        import_module(f"gpurestore.cli.{name}").add_parser(commands)
     return parser
 
 
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     # Loading modules makes many objects and no garbage; looking for it meanwhile would cost a tenth of the start-up.
     gc.set_threshold(100_000)
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser(words[0] if words else None).parse_args(words)
     try:
         return int(args.run(args))
     except BaseException as error:
@@ -72,6 +76,9 @@ def command() -> NoReturn:
     time, and would wait for hooks of plugins that hang; everything that must be closed has been closed by then."""
     import os
 
+    from gpurestore.cli.deferred import defer
+
+    defer()
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # whoever read it is gone

@@ -121,9 +121,9 @@ def own_ranges() -> list[tuple[int, int]]:
     """The address ranges that this process itself occupies."""
     ranges = []
     for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
-        vma = parse_maps_line(line)
-        if vma is not None and vma.end <= TASK_SIZE:
-            ranges.append((vma.start, vma.end))
+        start, dash, end = line.partition(b" ")[0].partition(b"-")
+        if dash and int(end, 16) <= TASK_SIZE:
+            ranges.append((int(start, 16), int(end, 16)))
     return ranges
 
 

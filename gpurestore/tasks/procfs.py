@@ -7,7 +7,7 @@ when the kernel does not let us look.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 from gpurestore.errors import NoSuchTaskError, PrivilegeError
@@ -298,14 +298,17 @@ def security_label(pid: int, tid: int | None = None) -> str:
         return ""
 
 
-def all_processes() -> Iterator[Stat]:
-    """Every process that we can see; one that ends meanwhile is left out."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                yield stat(int(name))
-            except (NoSuchTaskError, PrivilegeError):
-                continue
+def processes_named(numbers: Set[int]) -> Iterator[Stat]:
+    """Every process that we can see whose pid, group or session is in ``numbers``; one that ends meanwhile is left out.
+
+    Asks with system calls first: a file of /proc costs the kernel ten times as much, for every process of the machine.
+    """
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            if not numbers.isdisjoint((pid, os.getpgid(pid), os.getsid(pid))):
+                yield stat(pid)
+        except (ProcessLookupError, PermissionError, NoSuchTaskError, PrivilegeError):
+            continue
 
 
 def own_pid() -> int:

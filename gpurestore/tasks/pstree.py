@@ -271,7 +271,7 @@ def taken(entries: Sequence[pb.pstree_entry]) -> list[Taken]:
     needed = pids | {tid for e in entries for tid in e.threads}
     needed |= {step.pid for step in _plan_tree(entries, {}).births}
     found: dict[int, Taken] = {}
-    for stat in procfs.all_processes():
+    for stat in procfs.processes_named(needed):
         name = stat.comm.decode("utf-8", "replace")
         if stat.pid in needed:
             zombie = stat.state == "Z"

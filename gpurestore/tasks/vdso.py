@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.tasks import maps, vmaflags
 
-_DATA_NAMES = ("[vvar]", "[vvar_vclock]")
+_OWN_NAMES = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
@@ -50,12 +51,12 @@ class Layout(NamedTuple):
         return next((part for part in self.parts if part.code), None)
 
 
+@cache  # nobody moves them in a process that runs
 def own_layout() -> Layout:
     """The layout of this process, which every restored task starts with."""
     parts = []
     for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
-        vma = maps.parse_maps_line(line)
-        if vma is not None and vma.path in ("[vdso]", *_DATA_NAMES):
+        if line.endswith(_OWN_NAMES) and (vma := maps.parse_maps_line(line)) is not None:
             parts.append(Part(vma.start, vma.size, vma.path == "[vdso]"))
     return Layout(tuple(parts))
 
