@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import xxhash
@@ -33,8 +32,7 @@ class PluginRecord(NamedTuple):
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     """The content of ``gpurestore.json``. ``extension`` holds facts that CRIU's messages have no field for."""
 
     tool_version: str
@@ -44,9 +42,9 @@ class Manifest:
     machine: str
     root_pid: int
     files: Mapping[str, FileRecord]
-    cpu: Mapping[str, Any] = field(default_factory=dict)
-    plugins: tuple[PluginRecord, ...] = ()
-    extension: Mapping[str, Any] = field(default_factory=dict)
+    cpu: Mapping[str, Any]
+    plugins: tuple[PluginRecord, ...]
+    extension: Mapping[str, Any]
 
     @property
     def total_bytes(self) -> int:

@@ -190,7 +190,7 @@ class FileTable:
         """A file that is held without a descriptor; takes over ``own``, an O_PATH handle."""
         try:
             handle = fdinfo.read(os.getpid(), own)
-            info = FdInfo(0, flags, cloexec=False, mnt_id=handle.mnt_id, ino=handle.ino)
+            info = FdInfo(0, flags, cloexec=False, mnt_id=handle.mnt_id, ino=handle.ino, locks=(), fields={})
             link = os.readlink(f"/proc/self/fd/{own}")
             no_owner = pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
             file = OpenFile(where, own, os.fstat(own), link, info, no_owner)

@@ -10,7 +10,7 @@ import fcntl
 import os
 import resource
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gpurestore.images import pb
@@ -35,8 +35,7 @@ class LockLine(NamedTuple):
     end: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class FdInfo:
+class FdInfo(NamedTuple):
     """A parsed fdinfo file. ``flags`` are the description's, without the close-on-exec that the kernel mixes in."""
 
     pos: int
@@ -44,12 +43,11 @@ class FdInfo:
     cloexec: bool
     mnt_id: int
     ino: int
-    locks: tuple[LockLine, ...] = ()
-    fields: dict[str, str] = field(default_factory=dict)
+    locks: tuple[LockLine, ...]
+    fields: Mapping[str, str]
 
 
-@dataclass(slots=True)
-class OpenFile:
+class OpenFile(NamedTuple):
     """A file that the tree holds, as a dump sees it. ``fd`` is the dump's own duplicate of it."""
 
     where: str

@@ -17,7 +17,6 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gpurestore.errors import Finding, GpurestoreError, ImageError
@@ -44,8 +43,7 @@ class GhostFolder(Protocol):
     def open_raw(self, name: str) -> int: ...
 
 
-@dataclass(slots=True)
-class _Ghost:
+class _Ghost(NamedTuple):
     ghost_id: int
     fd: int  # of our own, readable
     path: str

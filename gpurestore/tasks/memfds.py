@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
@@ -27,8 +27,7 @@ FillObject = Callable[[int, int, int], None]  # (descriptor, shmid, size): bring
 SaveObject = Callable[[int, int, int], None]  # (shmid, descriptor, size): write the content as a shared memory object
 
 
-@dataclass(slots=True)
-class _Inode:
+class _Inode(NamedTuple):
     entry: pb.memfd_inode_entry
     fd: int
 
