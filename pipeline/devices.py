@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trio
 
@@ -20,12 +20,14 @@ from gpurestore.devplugins.api import Hook, HookContext, RetryLater, Stage, VmaU
 from gpurestore.devplugins.host import PluginHost, UsedPlugin, result_of
 from gpurestore.errors import GpurestoreError
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.writer import ImageWriter
 from gpurestore.pipeline.blocking import Blocking
 from gpurestore.pipeline.graph import Node, PluginFacts
 from gpurestore.pipeline.trace import Span, Trace
 from gpurestore.pipeline.walk import Walk
 from gpurestore.tasks.external import Claim, Redirect, RetryFile
+
+if TYPE_CHECKING:
+    from gpurestore.images.writer import ImageWriter
 
 log = logging.getLogger("gpurestore.plugin")
 

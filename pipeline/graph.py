@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpurestore.devplugins.api import Hook
 from gpurestore.pipeline.trace import MAIN_TRACK, PLUGIN_TRACK, format_bytes
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 STAGE_HOOKS = frozenset({Hook.RESTORE_INIT, Hook.POST_FORKING, Hook.RESUME_DEVICES_LATE})
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A stage: of one task, of a plugin, of a plugin for one task, or of the whole operation."""
 
     name: str
@@ -47,8 +46,7 @@ PLACE, OPEN_FILES, PLAN, FORK = Node("place"), Node("open files"), Node("plan"),
 SHARED_MEMORY, RELEASE = Node("shared memory"), Node("release")
 
 
-@dataclass(frozen=True, slots=True)
-class TaskFacts:
+class TaskFacts(NamedTuple):
     """A living task. ``born_from`` is the parent whose memory must be whole before it is cloned; None: any time."""
 
     pid: int
@@ -57,16 +55,14 @@ class TaskFacts:
     born_from: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TreeFacts:
+class TreeFacts(NamedTuple):
     """What the graph depends on in the images: parents come before children."""
 
     tasks: Sequence[TaskFacts]
     shared_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PluginFacts:
+class PluginFacts(NamedTuple):
     """A plugin that takes part in the restore."""
 
     name: str

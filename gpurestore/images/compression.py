@@ -11,8 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from gpurestore.errors import GpurestoreError, ImageError, UsageError
 from gpurestore.images.container import Bytes
@@ -54,8 +53,7 @@ class Codec(Protocol):
         """The chunk in ``frame``, exactly ``chunk_bytes``, else ValueError. Takes no more memory than that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Compression:
+class Compression(NamedTuple):
     """An algorithm of :data:`SUFFIXES` and its level (0: it has none)."""
 
     algorithm: str

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from gpurestore.core import ffi, lib, new_error
 from gpurestore.errors import ImageError
 from gpurestore.images.container import check_head, encode_head
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.magic import KINDS
-from gpurestore.images.writer import ImageWriter
+
+if TYPE_CHECKING:
+    from gpurestore.images.writer import ImageWriter
 
 PARENT = 1  # the bytes are in the parent snapshot
 LAZY = 2  # may be brought in when first touched
 PRESENT = 4  # the bytes are in the pages image
 
 
-class Pagemap(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Pagemap:
     """Runs of pages: ``nr_pages[i]`` of them from ``vaddrs[i]`` on, what they are in ``flags[i]``.
 
     Every address is that of a page, no run is empty or wraps around. CRIU may write runs out of order: only if

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 import trio
 
 import gpurestore
-from gpurestore.cli import main
+from gpurestore.cli import COMMANDS, build_parser, main
 from gpurestore.cli.options import to_data
 from gpurestore.errors import Finding, GpurestoreError, NeedsPersonError, RestoreCheckError, UsageError
 from gpurestore.pipeline.devices import PluginSettings
@@ -265,8 +266,11 @@ def test_a_log_that_cannot_be_written_is_a_usage_error(
 
 
 def test_results_become_plain_json_values() -> None:
-    assert to_data({"a": (Path("/x"), b"\x01", {1: Result(1, Path("y"))}, None, 1.5)}) == {
-        "a": ["/x", "01", {"1": {"root_pid": 1, "images": "y"}}, None, 1.5]
+    assert to_data(
+        {"a": (Path("/x"), b"\x01", {1: Result(1, Path("y"))}, None, 1.5), "b": Finding("here", "it", "no")}
+    ) == {
+        "a": ["/x", "01", {"1": {"root_pid": 1, "images": "y"}}, None, 1.5],
+        "b": {"where": "here", "what": "it", "why": "no"},
     }
 
 
@@ -275,6 +279,18 @@ def test_the_public_names_are_there_and_others_are_not() -> None:
     assert "dump" in dir(gpurestore)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         gpurestore.nothing  # noqa: B018
+
+
+def test_one_commands_parser_is_that_of_the_whole_command_line() -> None:
+    for name in COMMANDS:
+        whole, alone = (_commands_of(build_parser(word)) for word in (None, name))
+        assert tuple(whole) == COMMANDS and tuple(alone) == (name,)
+        assert whole[name].format_help() == alone[name].format_help()
+    assert tuple(_commands_of(build_parser("--version"))) == COMMANDS
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(action.choices for action in parser._actions if isinstance(action.choices, dict))
 
 
 def test_the_version_loads_nothing_heavy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 
 import pytest
@@ -55,7 +56,6 @@ def test_the_live_files_of_this_process_are_understood():
     assert len(procfs.limits(pid)) == procfs.NR_LIMITS
     assert procfs.comm(pid) == procfs.stat(pid).comm
     assert procfs.personality(pid) >= 0
-    assert pid in {s.pid for s in procfs.all_processes()}
     assert procfs.online_cpus()
     assert cpu.check(cpu.record()) == []
 
@@ -126,3 +126,18 @@ def test_any_json_is_facts_or_an_image_error(value):
     except ImageError:
         return
     assert ProcessFacts.from_json(facts.to_json(), "test") == facts
+
+
+def test_a_number_is_found_as_process_group_or_session():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as leader:
+        pid = leader.pid
+        try:
+            assert [stat.pid for stat in procfs.processes_named({pid})] == [pid]
+            assert {stat.pid for stat in procfs.processes_named({os.getpgid(0)})} >= {os.getpid()}
+            assert {stat.pid for stat in procfs.processes_named({os.getsid(0)})} >= {os.getpid()}
+            leader.kill()
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert [stat.state for stat in procfs.processes_named({pid})] == ["Z"]
+        finally:
+            leader.kill()
+    assert list(procfs.processes_named({pid})) == []
