@@ -65,6 +65,15 @@ CLAIMING = frozenset(
 DEVICE_HOOKS = frozenset(Hook) - CLAIMING
 
 
+# Hooks that are understood, but whose moment never comes: what they are about is refused before anybody is asked.
+NEVER_CALLED = {
+    Hook.DUMP_EXT_MOUNT: "a mount namespace of their own",
+    Hook.RESTORE_EXT_MOUNT: "a mount namespace of their own",
+    Hook.DUMP_EXT_LINK: "a network namespace of their own",
+    Hook.UPDATE_INETSK: "sockets with addresses",
+}
+
+
 class Capability(IntFlag):
     """What a host can do for a plugin, and what a plugin may need. Distinct bits."""
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpurestore.devplugins.api import API_VERSION, HOST_CAPABILITIES, Capability, Declined
+from gpurestore.devplugins.api import API_VERSION, HOST_CAPABILITIES, NEVER_CALLED, Capability, Declined, Hook
 from gpurestore.devplugins.discover import Found, find
 from gpurestore.devplugins.loaded import LoadedPlugin
 from gpurestore.errors import (
@@ -107,6 +107,8 @@ def _load_one(item: Found, loaded: Loaded, offered: Capability) -> None:
         loaded.names.append(plugin.name)
         negotiate(plugin, offered)
         log.debug("plugin %s: %s, version %s, %d hooks", plugin.name, plugin.kind, plugin.version, len(plugin.hooks))
+        for line in never_called(plugin.hooks):
+            log.info("plugin %s: %s", plugin.name, line)
 
 
 def unload_all(plugins: list[LoadedPlugin]) -> list[PluginUnloadError]:
@@ -164,9 +166,21 @@ def hosted(found: Iterable[Found]) -> Iterator[None]:
         host.end()
 
 
+def never_called(hooks: Iterable[Hook]) -> list[str]:
+    """In words, which of a plugin's hooks have no moment in this engine."""
+    return [
+        f"hook {hook.name} is never called: this engine refuses trees with {NEVER_CALLED[hook]}"
+        for hook in sorted(hooks)
+        if hook in NEVER_CALLED
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """A line of ``gpurestore plugins``. ``state`` is loaded, idle (cannot matter here) or failed; ``why`` says more."""
+    """A line of ``gpurestore plugins``. ``state`` is loaded, idle (cannot matter here) or failed; ``why`` says more.
+
+    ``notes`` say which of its hooks are never called.
+    """
 
     name: str
     kind: str
@@ -178,6 +192,7 @@ class PluginInfo:
     state: str
     why: str
     error: str  # the class of the failure
+    notes: tuple[str, ...] = ()
 
 
 def survey(libdir: Path | None, offered: Capability = HOST_CAPABILITIES) -> list[PluginInfo]:
@@ -232,6 +247,7 @@ def _describe(plugin: LoadedPlugin, taken: bool, check: Callable[[LoadedPlugin],
         state,
         why,
         kind,
+        tuple(never_called(plugin.hooks)),
     )
 
 

@@ -49,6 +49,7 @@ def _format(plugin: PluginInfo) -> str:
     version = f" {plugin.version}" if plugin.version else ""
     rows = [("from", plugin.where), ("hooks", " ".join(plugin.hooks)), ("stages", " ".join(plugin.stages))]
     rows += [("needs", " ".join(plugin.needs)), ("error", plugin.error), ("why", plugin.why)]
+    rows += [("note", note) for note in plugin.notes]
     lines = [f"{plugin.name}{version} ({plugin.kind}){state}"]
     lines += [f"  {title:<7} {text}" for title, text in rows if text]
     return "\n".join(lines) + "\n"

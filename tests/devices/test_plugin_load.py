@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from support.victims import have_compiler
 
 import gpurestore
 from gpurestore import errors
+from gpurestore.cli import main
 from gpurestore.devplugins.api import API_VERSION, CLAIMING, HOST_CAPABILITIES, Capability, Hook, Stage
 from gpurestore.devplugins.discover import entry_points
 from gpurestore.devplugins.host import PluginHost, result_of
@@ -92,6 +94,22 @@ def test_a_python_file_may_say_that_it_cannot_matter_here(lib: PluginFolder) -> 
     assert load(lib) == []
     rows = survey(lib.path)
     assert [(row.name, row.state, row.why) for row in rows] == [("shy", "idle", "no such device")]
+
+
+def test_a_plugin_is_told_which_of_its_hooks_are_never_called(
+    lib: PluginFolder, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lib.write(
+        "net",
+        "class Net(DevicePlugin):\n    def update_inetsk(self, *_): pass\n    def pause_devices(self, pid): pass\n",
+    )
+    told = "hook UPDATE_INETSK is never called: this engine refuses trees with sockets with addresses"
+    with caplog.at_level(logging.INFO, "gpurestore.plugin"):
+        load(lib)
+    assert caplog.messages == [f"plugin net: {told}"]
+    assert [row.notes for row in survey(lib.path)] == [(told,)]
+    assert main(["plugins", "-L", str(lib.path)]) == 0
+    assert f"note    {told}" in capsys.readouterr().out
 
 
 def test_files_that_are_no_plugins_are_left_alone(lib: PluginFolder) -> None:

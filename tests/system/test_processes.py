@@ -38,7 +38,7 @@ def test_a_tree_that_was_stopped_comes_back_stopped_and_goes_on(tool: Tool, vict
     dump(tool, victim, folder / "images")
     beats = victim.beats()
     restore(tool, victim, folder / "images")
-    assert state(victim.pid) == "T"
+    wait_until(lambda: state(victim.pid) == "T", "the tree stops again")  # the signal has to reach it
     assert victim.beats() == beats
     os.kill(victim.pid, signal.SIGCONT)
     victim.expect_running()
