@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,7 +129,8 @@ class PluginHost:
                 continue
             own = replace(context, options=self._plugin_options.get(plugin.name, {}))
             try:
-                await self._call_init(plugin, own)
+                with self._span("init", plugin):
+                    await self._call_init(plugin, own)
             except Declined as reason:
                 self._idle[plugin.name] = str(reason) or "it sits this stage out"
                 self._log.info("plugin %s sits out: %s", plugin.name, self._idle[plugin.name])
@@ -213,6 +214,13 @@ class PluginHost:
     def _is_cancelled(self) -> bool:
         return self._context is not None and self._context.is_cancelled()
 
+    def _span(self, name: str, plugin: LoadedPlugin) -> AbstractContextManager[Any]:
+        """What a plugin does outside of stages: init, exit, and answers to claims. A refusal is no failure."""
+        if self._context is None or self._context.span is None:
+            return nullcontext()
+        scope: AbstractContextManager[Any] = self._context.span(name, track=f"plugin {plugin.name}")
+        return scope
+
     async def run_one(
         self, plugin: LoadedPlugin, hook: Hook, *args: Any, span: Callable[..., Any] | None = None
     ) -> Any:
@@ -268,10 +276,11 @@ class PluginHost:
                 continue
             if hook is Hook.HANDLE_DEVICE_VMA and plugin.exclusive and args[0] < 0:
                 continue  # a file out of reach of an ordinary user; the C ABI knows no mapping without a descriptor
-            try:
-                value = call_hook_sync(plugin, hook, args, self._limit(hook), self._is_cancelled)
-            except Declined:
-                continue
+            with self._span(hook.name, plugin):
+                try:
+                    value = call_hook_sync(plugin, hook, args, self._limit(hook), self._is_cancelled)
+                except Declined:
+                    continue
             self._check_value(plugin, hook, value)
             plugin.used = True
             self._log.debug("plugin %s: %s%s: claimed", plugin.name, hook.name, args[:2])
@@ -323,7 +332,7 @@ class PluginHost:
 
         stage = self._context.stage if self._context else Stage.DUMP
         try:
-            with trio.move_on_after(self._timeout(None)) as scope:
+            with self._span("exit", plugin), trio.move_on_after(self._timeout(None)) as scope:
                 if plugin.is_async("exit"):
                     await plugin.call_exit(stage, result)
                 else:

@@ -133,6 +133,8 @@ class Filling:
 
     async def shared(self, stage: shmem.Stage, span: Span) -> None:
         """Bring the content of all shared anonymous objects in, in this process."""
+        plans = self._tree.shared.values()
+        span.watch(sum(plan.total_bytes for plan in plans), lambda: sum(plan.done_bytes for plan in plans))
         fill = partial(
             stage.fill,
             self._tree.folder,

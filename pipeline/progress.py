@@ -1,4 +1,5 @@
-"""Live progress on a terminal: one line that says which stages run, how far the bytes are, and how fast.
+"""Live progress on a terminal: one line that says which stages run, how far the bytes are, how fast, and what waits
+for what.
 
 The line is redrawn in place with plain ANSI codes and wiped at the end. Where stderr is no terminal nothing is printed.
 """
@@ -7,15 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 import trio
 
 from gpurestore.pipeline.trace import Span, format_bytes
 
+if TYPE_CHECKING:
+    from gpurestore.pipeline.graph import Node
+
 _REFRESH_S = 0.1
 _WIPE = "\r\x1b[2K"
+_SPEED_WINDOW_S = 1.0
+_MAX_WAITS = 2  # as many are named
 
 
 class Progress:
@@ -36,8 +43,11 @@ class Progress:
         # Keyed by identity: the same stage runs for many tasks at once. Dicts keep the order of arrival, and single
         # operations on them are atomic, so that stages may start and end in worker threads.
         self._running: dict[int, Span] = {}
-        self._begun: dict[int, float] = {}
+        self._ended_bytes = self._ended_total = 0  # of stages that told their bytes while they ran
+        self._samples: deque[tuple[float, int]] = deque()
         self._drawn = False
+        # What waits, and for what that runs; whoever walks a graph sets it.
+        self.waiting: Callable[[], Iterable[tuple[Node, Sequence[Node]]]] = list
 
     @classmethod
     def for_terminal(cls, title: str, stream: TextIO) -> Progress | None:
@@ -50,13 +60,13 @@ class Progress:
 
     def stage_started(self, span: Span) -> None:
         """Listener: show ``span`` from the next refresh on."""
-        self._begun[id(span)] = self._clock()
         self._running[id(span)] = span
 
     def stage_ended(self, span: Span) -> None:
         """Listener: ``span`` is over."""
-        self._running.pop(id(span), None)
-        self._begun.pop(id(span), None)
+        if self._running.pop(id(span), None) is not None and span.gauge is not None:
+            self._ended_bytes += span.gauge()
+            self._ended_total += span.total or 0
 
     async def run(self) -> None:
         """Redraw until cancelled, then wipe the line."""
@@ -82,24 +92,38 @@ class Progress:
     def line(self) -> str:
         """The text of the line, without escape codes."""
         spans = list(self._running.values())
-        names: dict[str, int] = {}
-        for span in spans:
-            names[span.name] = names.get(span.name, 0) + 1
-        stages = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in names.items()) or "..."
-        return f"{self._title} {self._clock() - self._start:5.1f} s  {stages}{self._bytes(spans)}"
+        names = _counted(span.name for span in spans if span.part_of is None)
+        stages = ", ".join(names) or "..."
+        return f"{self._title} {self._clock() - self._start:5.1f} s{self._bytes(spans)}  {stages}{self._waits()}"
 
     def _bytes(self, spans: list[Span]) -> str:
+        """All bytes so far and the speed of the last second, while anything moves."""
         gauged = [(span, span.gauge()) for span in spans if span.gauge is not None]
         if not gauged:
+            self._samples.clear()
             return ""
-        done = sum(count for _, count in gauged)
-        total = sum(span.total or 0 for span, _ in gauged)
+        done = self._ended_bytes + sum(count for _, count in gauged)
+        total = self._ended_total + sum(span.total or 0 for span, _ in gauged)
         text = f"  {format_bytes(done)}"
         if total:
             text += f" of {format_bytes(total)} ({min(100, 100 * done // total)} %)"
+        speed = self._speed(done)
+        return text + (f", {speed / 1e9:.2f} GB/s" if speed is not None else "")
+
+    def _speed(self, done: int) -> float | None:
+        """Bytes per second over the last second, or as long as there are samples."""
         now = self._clock()
-        seconds = now - min(self._begun.get(id(span), now) for span, _ in gauged)
-        return text + (f", {done / seconds / 1e9:.2f} GB/s" if seconds > 0 else "")
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= _SPEED_WINDOW_S:
+            self._samples.popleft()
+        then, before = self._samples[0]
+        return (done - before) / (now - then) if now > then else None
+
+    def _waits(self) -> str:
+        waits = [(node.name, ", ".join(_shortly(running))) for node, running in self.waiting() if running]
+        texts = _counted(f"{name} waits for {for_what}" for name, for_what in waits)
+        more = f"; and {len(texts) - _MAX_WAITS} more" if len(texts) > _MAX_WAITS else ""
+        return "".join(f"; {text}" for text in texts[:_MAX_WAITS]) + more
 
     def _write(self, text: str) -> None:
         try:
@@ -107,6 +131,15 @@ class Progress:
             self._stream.flush()
         except OSError:
             self._running.clear()  # the terminal went away; the operation goes on without a display
+
+
+def _counted(texts: Iterable[str]) -> list[str]:
+    """Each text once, with the number of times that it is there."""
+    return [text if count == 1 else f"{text} x{count}" for text, count in Counter(texts).items()]
+
+
+def _shortly(nodes: Sequence[Node]) -> list[str]:
+    return [*map(str, nodes[:_MAX_WAITS]), *([f"{len(nodes) - _MAX_WAITS} more"] if len(nodes) > _MAX_WAITS else [])]
 
 
 def _terminal_columns() -> int:

@@ -74,6 +74,8 @@ async def restore(
             nr_jobs = jobs or memory.default_jobs()
             devices = Devices.for_restore(plugins or PluginSettings(), spans, blocking, folder, jobs=nr_jobs)
             walk = Walk(spans, graph.head([], verify=verify), serial=serial)
+            if progress is not None:
+                progress.waiting = walk.waiting
             restoring = _Restore(Stages(blocking, spans, nr_jobs, walk, serial=serial), devices)
             async with devices.session(await blocking.run(load.plugins_of, folder), walk.stage(graph.PLUGINS)):
                 tree = await restoring.prepare(folder, shell_job, verify)

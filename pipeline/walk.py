@@ -61,12 +61,19 @@ class Walk:
         async with self.stage(node) as span:
             await action(node, span)
 
-    @property
     def waiting(self) -> list[tuple[Node, list[Node]]]:
-        """Stages that others have already made ready in part, and what they still wait for."""
+        """Stages that others have made ready in part, and those that run and hold them up, directly or not."""
         found = []
         for node, needed in self.graph.after.items():
-            missing = [other for other in needed if not self._ended[other].is_set()]
-            if node not in self._spans and missing and len(missing) < len(needed):
-                found.append((node, missing))
+            if node not in self._spans and any(self._ended[other].is_set() for other in needed):
+                found.append((node, self._running_before(node)))
         return found
+
+    def _running_before(self, node: Node) -> list[Node]:
+        seen: dict[Node, None] = {}
+        todo = [node]
+        for one in todo:
+            fresh = [other for other in self.graph.after[one] if not self._ended[other].is_set() and other not in seen]
+            seen.update(dict.fromkeys(fresh))
+            todo += fresh
+        return [other for other in seen if other in self._spans]

@@ -205,16 +205,3 @@ def test_a_longer_graph_must_hold_what_has_begun() -> None:
             walk.extend(Graph({LOAD: ()}))
 
     trio.run(main)
-
-
-def test_a_walk_says_what_waits_for_what() -> None:
-    stages = Graph({Node("a"): (), Node("b"): (), Node("c"): (Node("a"), Node("b")), Node("d"): (Node("c"),)})
-
-    async def main() -> None:
-        walk = Walk(Trace(), stages)
-        assert walk.waiting == []
-        async with walk.stage(Node("a")):
-            pass
-        assert walk.waiting == [(Node("c"), [Node("b")])]
-
-    trio.run(main)
