@@ -23,6 +23,7 @@ UNITS = (
     "gr_pagemap_codec",
     "gr_runs",
     "gr_pagescan",
+    "gr_frames",
     "gr_pages_out",
     "gr_pump",
     "gr_chunk_read",

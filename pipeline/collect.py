@@ -25,6 +25,11 @@ class Collected:
     fs: dict[int, pb.fs_entry] = field(default_factory=dict)
     fdinfos: dict[int, list[pb.fdinfo_entry]] = field(default_factory=dict)
 
+    @property
+    def parents(self) -> dict[int, int]:
+        """The parent of each living task that has one in the tree."""
+        return {e.pid: e.ppid for e in self.entries if e.pid in self.mms and e.ppid in self.mms}
+
 
 def collect(tree: FrozenTree, table: FileTable, shell_job: bool) -> Collected:
     """Ask every resource. What cannot be carried is in ``tree.findings`` afterwards. Blocks."""

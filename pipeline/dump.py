@@ -41,7 +41,7 @@ from gpurestore.pipeline.critical import CriticalStage, critical_stages, describ
 from gpurestore.pipeline.devices import Devices, PluginSettings
 from gpurestore.pipeline.operation import operation
 from gpurestore.pipeline.trace import Trace, summarize
-from gpurestore.tasks import ids, memory, procfs, shmem
+from gpurestore.tasks import ids, inherited, memory, procfs, shmem
 from gpurestore.tasks.descriptors import FileTable
 from gpurestore.tasks.frozen import FrozenTree, tree_of
 
@@ -73,6 +73,7 @@ async def dump(
     leave_running: bool = False,
     leave_stopped: bool = False,
     shell_job: bool = False,
+    criu_compatible: bool = False,
     jobs: int | None = None,
     compress: str | None = None,
     plugins: PluginSettings | None = None,
@@ -82,6 +83,7 @@ async def dump(
     """Dump the tree of ``pid`` into ``images_dir`` (new or empty), then kill it unless told otherwise.
 
     ``compress`` is ``lz4`` or ``zstd[:LEVEL]``.
+    With ``criu_compatible`` memory that tasks share since a fork is stored for each of them, as CRIU needs it.
     Raises a GpurestoreError, and then the tree goes on and the folder is as it was; on cancellation the same.
     """
     _check_request(pid)
@@ -89,7 +91,7 @@ async def dump(
     nr_jobs = jobs or memory.default_jobs()
     crew = Crew(Compression.parse(compress), nr_jobs) if compress is not None else None
     async with operation(progress, trace) as (blocking, spans):
-        dumping = _Dump(pid, spans, nr_jobs, shell_job, after, crew)
+        dumping = _Dump(pid, spans, nr_jobs, shell_job, after, criu_compatible, crew)
         return await dumping.run(blocking, images_dir, plugins or PluginSettings())
 
 
@@ -128,10 +130,18 @@ class _Dump:
     """One dump under way."""
 
     def __init__(
-        self, pid: int, spans: Trace, jobs: int, shell_job: bool, after: _After, crew: Crew | None = None
+        self,
+        pid: int,
+        spans: Trace,
+        jobs: int,
+        shell_job: bool,
+        after: _After,
+        criu_compatible: bool,
+        crew: Crew | None = None,
     ) -> None:
         self._pid, self._spans, self._jobs, self._shell_job, self._after = pid, spans, jobs, shell_job, after
-        self._crew = crew
+        self._criu_compatible, self._crew = criu_compatible, crew
+        self._shares_memory = False
         self._findings: list[Finding] = []
         self._pages_ids = count(1)
         self._memory_bytes = 0
@@ -223,14 +233,18 @@ class _Dump:
         self, blocking: Blocking, tree: FrozenTree, table: FileTable, collected: Collected, writer: ImageWriter
     ) -> None:
         faults.point("dump.write")
+        sharing = await self._find_pages(blocking, collected)
+        stored: dict[int, memory.PageRuns] = {}
         objects = shmem.objects(collected.mms)
         tasks = {task.pid: task for task in tree.living}
         calls: list[Callable[[], object]] = [partial(self._write_state, collected, writer)]
         for pid, entry in collected.mms.items():
-            calls.append(partial(self._write_memory, writer, pid, entry, blocking.cancel))
+            stored[pid] = sharing.own(pid)
+            calls.append(partial(self._write_memory, writer, pid, entry, stored, blocking.cancel))
         for item in objects.values():
             calls.append(partial(self._write_shared, writer, item, tasks, blocking.cancel))
         await blocking.all(calls, self._jobs)
+        await blocking.run(sharing.write, writer, stored)
         async with self._spans.span("files"):
             await blocking.run(table.write, writer, partial(self._save_object, writer, blocking.cancel))
         faults.point("dump.written")
@@ -239,14 +253,40 @@ class _Dump:
         with self._spans.span("state"):
             write_state(collected, writer)
 
-    def _write_memory(self, writer: ImageWriter, pid: int, entry: pb.mm_entry, cancel: core.Cancel) -> None:
+    async def _find_pages(self, blocking: Blocking, collected: Collected) -> inherited.Sharing:
+        """Which pages must be stored, and which of them are a parent's as well."""
+        sees_frames = not self._criu_compatible and len(collected.mms) > 1 and inherited.can_recognise()
+        sharing = inherited.Sharing(collected.mms, collected.parents if sees_frames else {})
+        async with self._spans.span("find pages"):
+            await blocking.all([partial(sharing.look_at, pid, blocking.cancel) for pid in collected.mms], self._jobs)
+            sharing.settle()
+        self._shares_memory = sharing.shared_bytes > 0
+        log.info("memory shared since a fork and stored once: %d bytes", sharing.shared_bytes)
+        return sharing
+
+    def _write_memory(
+        self,
+        writer: ImageWriter,
+        pid: int,
+        entry: pb.mm_entry,
+        runs: dict[int, memory.PageRuns],
+        cancel: core.Cancel,
+    ) -> None:
+        """Write the pages of a task that are its own; ``runs`` then has what really got into its pagemap."""
         done = memory.Progress()
         with self._spans.span("memory", task=pid, gauge=lambda: done.done_bytes) as span:
-            stored = memory.dump(
-                writer, pid, entry, next(self._pages_ids), jobs=self._jobs, cancel=cancel, progress=done
+            runs[pid] = memory.dump(
+                writer,
+                pid,
+                entry,
+                next(self._pages_ids),
+                jobs=self._jobs,
+                cancel=cancel,
+                progress=done,
+                runs=runs[pid],
             )
-            span.set(bytes=stored.total_bytes)
-            self._memory_bytes += stored.total_bytes
+            span.set(bytes=runs[pid].total_bytes)
+            self._memory_bytes += runs[pid].total_bytes
 
     def _write_shared(
         self, writer: ImageWriter, item: shmem.SharedObject, tasks: dict[int, Any], cancel: core.Cancel
@@ -265,7 +305,10 @@ class _Dump:
         async with self._spans.span("devices late"):
             await devices.dump_late(self._pid)
         await blocking.run(writer.adopt_all)
-        writer.write("inventory", [build_inventory(ids.root_ids(), devices.inventory_names, dump_uptime=_uptime_us())])
+        inventory = build_inventory(
+            ids.root_ids(), devices.inventory_names, inheriting=self._shares_memory, dump_uptime=_uptime_us()
+        )
+        writer.write("inventory", [inventory])
         writer.plugins += [PluginRecord(record.name, record.version) for record in devices.used]
         faults.point("dump.late")
 

@@ -43,23 +43,35 @@ class Node(NamedTuple):
 
 PLUGINS, VERIFY, LOAD, CHECK = Node("plugins"), Node("verify"), Node("load"), Node("check")
 PLACE, OPEN_FILES, PLAN, FORK = Node("place"), Node("open files"), Node("plan"), Node("fork")
-SHARED_MEMORY, RELEASE = Node("shared memory"), Node("release")
+SHARED_MEMORY, GROUPS, RELEASE = Node("shared memory"), Node("groups"), Node("release")
 
 
 class TaskFacts(NamedTuple):
-    """A living task. ``born_from`` is the parent whose memory must be whole before it is cloned; None: any time."""
+    """A living task. ``born_from`` is the parent whose memory must be whole before it is cloned; None: any time.
+
+    ``born_after``: another such child of that parent, cloned before it. ``born_with``: the task at whose birth this one
+    is born, too, as its child, or as another one of its parent's.
+    """
 
     pid: int
     memory_bytes: int = 0
     shows_shared: bool = False
     born_from: int | None = None
+    born_after: int | None = None
+    born_with: int | None = None
+
+    @property
+    def behind(self) -> set[int]:
+        """The tasks that stand before this one in any order."""
+        return {pid for pid in (self.born_from, self.born_after, self.born_with) if pid is not None}
 
 
 class TreeFacts(NamedTuple):
-    """What the graph depends on in the images: parents come before children."""
+    """What the graph depends on in the images. ``late_groups``: process groups can only be made when all are born."""
 
     tasks: Sequence[TaskFacts]
     shared_bytes: int = 0
+    late_groups: bool = False
 
 
 class PluginFacts(NamedTuple):
@@ -95,8 +107,19 @@ class Graph:
 def facts_of(tree: LoadedTree) -> TreeFacts:
     """What the graph must know of loaded images."""
     showing = {view.pid for item in tree.objects.values() for view in item.views}
-    tasks = [TaskFacts(pid, task.pages.total_bytes, pid in showing) for pid, task in tree.tasks.items()]
-    return TreeFacts(tasks, sum(plan.total_bytes for plan in tree.shared.values()))
+    births = tree.schedule()
+    tasks = [
+        TaskFacts(
+            pid,
+            task.pages.total_bytes,
+            pid in showing,
+            born_from=task.inherited.parent if task.inherited else None,
+            born_after=births.previous.get(pid),
+            born_with=births.with_heir.get(pid) if not task.inherited else None,
+        )
+        for pid, task in tree.tasks.items()
+    ]
+    return TreeFacts(tasks, sum(plan.total_bytes for plan in tree.shared.values()), bool(births.last))
 
 
 # ---- building
@@ -129,7 +152,12 @@ def restore(facts: TreeFacts, plugins: Sequence[PluginFacts], *, verify: bool = 
     for task in order:
         _filling(made, task)
     for task in order:
-        _ending(made, task, [other.pid for other in order if other.born_from == task.pid], plugins)
+        late_children = [Node("birth", other.pid) for other in order if other.born_from == task.pid]
+        made.add(Node("protections", task.pid), [_filled(made, task.pid), *late_children])
+    if facts.late_groups:
+        made.add(GROUPS, [Node("protections", task.pid) for task in order])
+    for task in order:
+        _ending(made, task, plugins)
     made.add(RELEASE, made.without_followers())
     return made.graph()
 
@@ -138,7 +166,10 @@ def _filling(made: _Builder, task: TaskFacts) -> None:
     """From an empty address space to one with everything in it."""
     before = FORK
     if task.born_from is not None:
-        before = made.add(Node("birth", task.pid), [_filled(made, task.born_from)])
+        sibling = [Node("birth", task.born_after)] if task.born_after is not None else []
+        before = made.add(Node("birth", task.pid), [_filled(made, task.born_from), *sibling])
+    elif task.born_with is not None:
+        before = Node("birth", task.born_with)
     for name in ("descriptors", "mappings", "threads"):
         before = made.add(Node(name, task.pid), [before])
     if task.memory_bytes:
@@ -151,10 +182,10 @@ def _filled(made: _Builder, pid: int) -> Node:
     return memory if memory in made else Node("threads", pid)
 
 
-def _ending(made: _Builder, task: TaskFacts, late_children: Sequence[int], plugins: Sequence[PluginFacts]) -> None:
+def _ending(made: _Builder, task: TaskFacts, plugins: Sequence[PluginFacts]) -> None:
     """From there to its last instruction. Its agent must be there, with all rights, until its children are."""
-    needed = [_filled(made, task.pid), *(Node("birth", pid) for pid in late_children)]
-    for name in ("protections", "state", "park"):
+    needed = [Node("protections", task.pid), *([GROUPS] if GROUPS in made else [])]
+    for name in ("state", "park"):
         needed = [made.add(Node(name, task.pid), needed)]
     # Shared memory is the task's memory, too.
     if task.shows_shared and SHARED_MEMORY in made:
@@ -172,7 +203,7 @@ def _largest_first(facts: TreeFacts) -> list[TaskFacts]:
     placed: dict[int, TaskFacts] = {}
     waiting = by_size
     while waiting:
-        fits = [task for task in waiting if task.born_from is None or task.born_from in placed]
+        fits = [task for task in waiting if task.behind <= placed.keys()]
         if not fits:
             raise ValueError(f"tasks {', '.join(str(task.pid) for task in waiting)} wait for one another's birth")
         placed.update((task.pid, task) for task in fits)

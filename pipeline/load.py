@@ -10,11 +10,14 @@ from typing import Any
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.tasks import cores, cpu, memory, mm, pstree, shmem, vdso
+from gpurestore.tasks import births, cores, cpu, inherited, memory, mm, pstree, shmem, vdso
+from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
 from gpurestore.tasks.facts import load as load_facts
+from gpurestore.tasks.inherited import Inherited
 from gpurestore.tasks.memory import PagePlan
+from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 from gpurestore.tasks.shmem import SharedObject
 from gpurestore.tasks.stagedfiles import StagedFiles
@@ -35,6 +38,7 @@ class LoadedTask:
     mm_facts: Mapping[str, Any]
     fs: pb.fs_entry
     pages: PagePlan
+    inherited: Inherited | None = None
 
     @property
     def pid(self) -> int:
@@ -62,6 +66,17 @@ class LoadedTree:
     @property
     def root_pid(self) -> int:
         return int(self.entries[0].pid)
+
+    def plan_births(self) -> TreePlan:
+        """How to make the tree."""
+        exit_signals = {pid: task.facts.exit_signal for pid, task in self.tasks.items()}
+        return pstree.plan(
+            self.entries, self.leaders, {pid: number for pid, number in exit_signals.items() if number is not None}
+        )
+
+    def schedule(self) -> Births:
+        """When each task is born."""
+        return births.schedule(self.plan_births(), [pid for pid, task in self.tasks.items() if task.inherited])
 
     @property
     def memory_bytes(self) -> int:
@@ -91,7 +106,10 @@ def load(folder: ImageFolder, openers: Openers | None = None) -> LoadedTree:
         if leaders[entry.pid].tc.task_state not in pstree.DEAD:
             own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
             tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own)
-    objects = shmem.objects({pid: task.mm for pid, task in tasks.items()})
+    mms = {pid: task.mm for pid, task in tasks.items()}
+    for pid, found in inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms).items():
+        tasks[pid].inherited = found
+    objects = shmem.objects(mms)
     return LoadedTree(
         folder,
         entries,

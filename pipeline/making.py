@@ -87,6 +87,10 @@ class Making:
                 await self._filling.shared(self._shared, span)
             case Node(name="fork"):
                 await self._run(self._make_tree)
+            case Node(name="birth", pid=int(pid)):
+                await self._run(self._walk_tree, self._plan.births.later[pid])
+            case Node(name="groups"):
+                await self._run(self._walk_tree, self._plan.births.last)
             case Node(name=name, pid=int(pid)):
                 await self._run(self._of_task[name], self._plan.tasks[pid])
             case _:
@@ -100,10 +104,7 @@ class Making:
             self._region.run(self._plan.slots[tid], tid, calls, self._cancel)
 
     def _make_tree(self) -> None:
-        self._walk_tree(self._plan.tree.steps)
-        # Children first: a parent that ended before would leave them to somebody else.
-        for run in reversed(self._plan.tree.zombies):
-            self._end(run.pid, run.calls)
+        self._walk_tree(self._plan.births.first)
         faults.point("restore.forked")
 
     def _walk_tree(self, steps: Iterable[Birth | Run]) -> None:

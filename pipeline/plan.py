@@ -6,7 +6,7 @@ the staged shared memory. Every thread has a slot; tasks that have memory to fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gpurestore import core
@@ -14,6 +14,7 @@ from gpurestore.batch import Call
 from gpurestore.core import ThreadState
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
 from gpurestore.tasks import cores, fs, maps, mm, pstree, shmem, vdso
+from gpurestore.tasks.births import Births
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
 from gpurestore.tasks.maps import PAGE_BYTES
 from gpurestore.tasks.pstree import TreePlan
@@ -46,6 +47,7 @@ class RestorePlan:
     workers: dict[int, list[int]]
     staging: dict[int, int]
     tree: TreePlan
+    births: Births
     tasks: dict[int, TaskPlan] = field(default_factory=dict)
 
     @property
@@ -55,10 +57,7 @@ class RestorePlan:
 
 def place(tree: LoadedTree, jobs: int) -> RestorePlan:
     """Find a place for the region and the staging, and give out slots."""
-    exit_signals = {
-        pid: task.facts.exit_signal for pid, task in tree.tasks.items() if task.facts.exit_signal is not None
-    }
-    births = pstree.plan(tree.entries, tree.leaders, exit_signals)
+    births = tree.plan_births()
     slots: dict[int, int] = {}
     for birth in births.births:
         slots[birth.pid] = len(slots)
@@ -79,12 +78,13 @@ def place(tree: LoadedTree, jobs: int) -> RestorePlan:
         taken += mm.fixed_ranges(task.mm)
     region = maps.find_hole(taken, hole_bytes)
     staging, _ = shmem.staging_layout(tree.objects, region + region_bytes)
-    return RestorePlan(region, hole_bytes, nr_slots, slots, workers, staging, births)
+    return RestorePlan(region, hole_bytes, nr_slots, slots, workers, staging, births, tree.schedule())
 
 
 def fill(plan: RestorePlan, tree: LoadedTree, restorer: Restorer) -> None:
     """Plan every task. The files have their numbers (StagedFiles.assign or open_all)."""
     layouts: dict[int | None, vdso.Layout] = {None: vdso.own_layout()}
+    made: dict[int, Mapping[int, int]] = {}  # by pid, the protection of its mappings while they are filled
     for birth in plan.tree.births:
         own = layouts[birth.parent]
         task = tree.tasks.get(birth.pid)
@@ -92,30 +92,42 @@ def fill(plan: RestorePlan, tree: LoadedTree, restorer: Restorer) -> None:
             layouts[birth.pid] = own
             continue
         layouts[birth.pid] = vdso.target_layout(own, task.mm)
-        plan.tasks[birth.pid] = _plan_task(plan, tree, task, own, restorer)
+        kept = task.inherited.protections(made[task.inherited.parent]) if task.inherited else {}
+        made[birth.pid] = mm.made_with(task.mm, task.pages.filled, kept)
+        plan.tasks[birth.pid] = _plan_task(plan, tree, task, own, restorer, made[birth.pid])
 
 
-def _plan_task(plan: RestorePlan, tree: LoadedTree, task: LoadedTask, own: vdso.Layout, restorer: Restorer) -> TaskPlan:
+def _plan_task(
+    plan: RestorePlan,
+    tree: LoadedTree,
+    task: LoadedTask,
+    own: vdso.Layout,
+    restorer: Restorer,
+    made: Mapping[int, int],
+) -> TaskPlan:
     pid, files = task.pid, tree.files
     leader = task.cores[pid]
     process = cores.plan_process(leader, task.facts, restorer, pid)
     order = [tid for tid in task.tids if tid != pid] + [pid]
     states = {tid: cores.registers(task.cores[tid], task.facts, tid) for tid in order}
+    kept = task.inherited.kept if task.inherited else ()
+    mappings = mm.plan_mappings(
+        task.mm,
+        files.fd_of_mapping,
+        plan.staging.__getitem__,
+        task.pages.filled,
+        files.redirects_of(pid),
+        kept,
+    )
     return TaskPlan(
         pid=pid,
-        strip=[*process.early, *mm.plan_strip(plan.region, plan.hole_end, own, task.mm)],
+        strip=[*process.early, *mm.plan_strip(plan.region, plan.hole_end, own, task.mm, kept)],
         files=[
             *plan_descriptors(files.entries_of(pid), files.fd_of, files.keep_from),
-            *fs.plan(task.fs, files.fd_of, files.is_our_root),
+            *fs.plan(task.fs, files.fd_of, _is_root_at_birth(tree, task)),
         ],
-        mappings=mm.plan_mappings(
-            task.mm,
-            files.fd_of_mapping,
-            plan.staging.__getitem__,
-            task.pages.filled,
-            files.redirects_of(pid),
-        ),
-        finish=mm.plan_finish(task.mm, task.pages.filled, task.mm_facts),
+        mappings=[*(task.inherited.plan_drop() if task.inherited else []), *mappings],
+        finish=mm.plan_finish(task.mm, made, task.mm_facts),
         late=[*plan_close_staged(files.keep_from), *files.plan_late(pid), *process.late],
         threads={
             tid: cores.plan_thread(
@@ -128,6 +140,14 @@ def _plan_task(plan: RestorePlan, tree: LoadedTree, task: LoadedTask, own: vdso.
     )
 
 
+def _is_root_at_birth(tree: LoadedTree, task: LoadedTask) -> Callable[[int], bool]:
+    """Which root directory a task has from birth: ours, or that of the parent, who has gone to its own by then."""
+    if task.inherited is None:
+        return tree.files.is_our_root
+    root = tree.tasks[task.inherited.parent].fs.root_id
+    return lambda file_id: file_id == root
+
+
 def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
     """The plan for people."""
     yield f"region at {plan.region:#x}, {plan.nr_slots} slots, {plan.hole_bytes} bytes with staged shared memory"
@@ -135,6 +155,8 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
         yield f"shared memory {shmid} staged at {address:#x}, {tree.shared[shmid].total_bytes} bytes to read"
     for step in plan.tree.steps:
         match step:
+            case pstree.Birth(pid=pid) if pid in plan.births.later:
+                yield _birth_of_heir(tree.tasks[pid])
             case pstree.Birth(pid=pid, parent=None):
                 yield f"task {pid}: forked by this command"
             case pstree.Birth(pid=pid, parent=parent, helper=helper):
@@ -151,3 +173,9 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
     for run in plan.tree.zombies:
         yield from (f"task {run.pid}: {call}" for call in run.calls)
     yield f"task {tree.root_pid} and its tree: take registers, go on"
+
+
+def _birth_of_heir(task: LoadedTask) -> str:
+    assert task.inherited is not None
+    pid, runs, parent = task.pid, task.inherited.runs, task.inherited.parent
+    return f"task {pid}: cloned by task {parent} when its memory is in place, keeps {runs.total_bytes} bytes of it"

@@ -40,6 +40,11 @@ def add_parser(commands: Commands) -> None:
         "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader is outside of it"
     )
     parser.add_argument(
+        "--criu-compatible",
+        action="store_true",
+        help="store memory that tasks share since a fork once for each of them, so that CRIU can restore the images",
+    )
+    parser.add_argument(
         "--compress", metavar="METHOD", help="compress memory: lz4 or zstd[:LEVEL], level 1 to 19; CRIU cannot read it"
     )
     add_plugin_options(parser)
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             leave_running=args.leave_running,
             leave_stopped=args.leave_stopped,
             shell_job=args.shell_job,
+            criu_compatible=args.criu_compatible,
             jobs=args.jobs,
             compress=args.compress,
             trace=args.trace,

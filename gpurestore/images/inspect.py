@@ -73,7 +73,7 @@ class DescriptorSummary:
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """One task. A zombie has neither memory nor descriptors."""
+    """One task. A zombie has neither memory nor descriptors. What it inherited is stored with its parent."""
 
     pid: int
     ppid: int
@@ -84,6 +84,7 @@ class TaskSummary:
     threads: tuple[int, ...]
     memory: tuple[MemorySummary, ...]
     stored_bytes: int
+    inherited_bytes: int
     descriptors: tuple[DescriptorSummary, ...]
 
 
@@ -186,12 +187,14 @@ def _task(folder: ImageFolder, entry: Any, described: dict[int, Any], pages: dic
     core = folder.read_one("core", entry.pid)
     memory: tuple[MemorySummary, ...] = ()
     descriptors: tuple[DescriptorSummary, ...] = ()
-    stored_bytes = 0
+    stored_bytes = inherited_bytes = 0
     if folder.has("mm", entry.pid):
         pagemap = _checked_pagemap(folder, "pagemap", entry.pid, pages)
         memory = _memory(folder.read_one("mm", entry.pid), pagemap)
         stored_bytes = pagemap.present_pages * PAGE_BYTES
         descriptors = _descriptors(folder, entry.pid, core, described)
+        if folder.has("inherited", entry.pid):
+            inherited_bytes = sum(read_pagemap(folder, "inherited", entry.pid).nr_pages) * PAGE_BYTES
     return TaskSummary(
         pid=entry.pid,
         ppid=entry.ppid,
@@ -202,6 +205,7 @@ def _task(folder: ImageFolder, entry: Any, described: dict[int, Any], pages: dic
         threads=tuple(entry.threads),
         memory=memory,
         stored_bytes=stored_bytes,
+        inherited_bytes=inherited_bytes,
         descriptors=descriptors,
     )
 
@@ -328,7 +332,8 @@ def _format_task(task: TaskSummary, indent: str) -> list[str]:
     lines = [
         "",
         f"{indent}{task.pid} {_shown(task.comm)}: {task.state}, {len(task.threads)} threads, "
-        f"group {task.pgid}, session {task.sid}, {_size(task.stored_bytes)} stored",
+        f"group {task.pgid}, session {task.sid}, {_size(task.stored_bytes)} stored"
+        + (f", {_size(task.inherited_bytes)} shared with {task.ppid}" if task.inherited_bytes else ""),
     ]
     for memory in task.memory:
         lines.append(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gpurestore.errors import ImageError
 from gpurestore.images import pb
-from gpurestore.images.magic import IMAGE_VERSION
+from gpurestore.images.magic import IMAGE_VERSION, INHERITING_VERSION
 
 # Where CRIU keeps an id of the run, which it only uses for locked networks: marks a folder that must have a manifest.
 RUN_ID = "gpurestore"
@@ -16,6 +16,7 @@ def build_inventory(
     root_ids: pb.task_kobj_ids_entry,
     plugins: Sequence[str] = (),
     *,
+    inheriting: bool = False,
     root_cg_set: int | None = None,
     dump_uptime: int | None = None,
 ) -> pb.inventory_entry:
@@ -23,10 +24,11 @@ def build_inventory(
 
     ``root_ids`` are the ids of the tool itself: what a task shares with it (namespaces above all) is not recreated.
     ``plugins`` are the names of those that the images need; an empty list is written as such, since CRIU takes a
-    missing one for "any". The network lock (0, iptables) is CRIU's default and of no effect without TCP sockets.
+    missing one for "any". ``inheriting``: there is memory that tasks have from their parents. The network lock (0,
+    iptables) is CRIU's default and of no effect without TCP sockets.
     """
     entry = pb.inventory_entry(
-        img_version=IMAGE_VERSION,
+        img_version=INHERITING_VERSION if inheriting else IMAGE_VERSION,
         fdinfo_per_id=True,
         ns_per_id=True,
         lsmtype=pb.NO_LSM,
@@ -45,7 +47,7 @@ def build_inventory(
 
 def check_inventory(entry: pb.inventory_entry) -> None:
     """Raise ImageError for images of a version that we do not read."""
-    if entry.img_version != IMAGE_VERSION:
+    if entry.img_version not in (IMAGE_VERSION, INHERITING_VERSION):
         age = "newer" if entry.img_version > IMAGE_VERSION else "older"
         raise ImageError(
             f"inventory.img: image version {entry.img_version} is {age} than {IMAGE_VERSION}, "

@@ -21,6 +21,8 @@ SERVICE_MAGIC = 0x55105940
 
 # What img_version of the inventory means: 1 is the format without the common magic, which CRIU left in 2014.
 IMAGE_VERSION = 2
+# The same with inherited-PID.img in it: ours alone. Other readers must refuse it: to them pages would be missing.
+INHERITING_VERSION = 1002
 
 PAGE_BYTES = 4096
 
@@ -63,6 +65,7 @@ _KINDS = (
     ImageKind("mm", 0x57492820, pb.mm_entry, "d"),
     ImageKind("pagemap", 0x56084025, pb.pagemap_entry, "d", head=pb.pagemap_head),
     ImageKind("pagemap-shmem", 0x56084025, pb.pagemap_entry, "d", head=pb.pagemap_head),
+    ImageKind("inherited", 0x48495247, pb.pagemap_entry, "d", head=pb.pagemap_head),  # ours alone
     ImageKind("fs", 0x51403912, pb.fs_entry, "d"),
     ImageKind("fdinfo", 0x56213732, pb.fdinfo_entry, "d"),
     ImageKind("files", 0x56303138, pb.file_entry),

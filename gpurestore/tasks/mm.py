@@ -257,14 +257,18 @@ def fixed_ranges(mm: pb.mm_entry) -> list[tuple[int, int]]:
     return [(v.start, v.end) for v in mm.vmas if not vmaflags.is_guard(v) and v.end <= TASK_SIZE]
 
 
-def plan_strip(region_start: int, region_end: int, own: vdso.Layout, mm: pb.mm_entry) -> list[Call]:
+def plan_strip(
+    region_start: int, region_end: int, own: vdso.Layout, mm: pb.mm_entry, kept: Collection[int] = ()
+) -> list[Call]:
     """Unmap all but the region (with the staging in it) and bring the kernel's areas to their old places.
 
     For the root, a fork of this process, ``own`` is :func:`vdso.own_layout`; for a child its parent's
-    :func:`vdso.target_layout`. The thread that runs this must have no rseq area registered: it is unmapped.
+    :func:`vdso.target_layout`. ``kept``: starts of the mappings that an heir has from its parent. The thread that
+    runs this must have no rseq area registered: it is unmapped.
     """
     pairs = vdso.moves(own, mm)
     keep = [(region_start, region_end), *((part.start, part.end) for part, _ in pairs)]
+    keep += [(vma.start, vma.end) for vma in mm.vmas if vma.start in kept]
     calls = [
         Call(NR.MUNMAP, (start, end - start), "clearing the address space", want=0)
         for start, end in maps.gaps(keep, 0, TASK_SIZE)
@@ -294,6 +298,7 @@ def plan_mappings(
     staging: Callable[[int], int],
     filled: Collection[int],
     redirected: Mapping[int, tuple[int, int]] | None = None,
+    kept: Collection[int] = (),
 ) -> list[Call]:
     """Make every mapping, empty, in an address space that :func:`plan_strip` cleared.
 
@@ -305,17 +310,20 @@ def plan_mappings(
     The executable is changed here, not at the end: the kernel refuses that while the old one is mapped, and "old one"
     is a matter of the path, which may well be the same.
 
-    ``redirected``: (descriptor, offset) to map instead, by the start of a mapping that a plugin claimed.
+    ``redirected``: (descriptor, offset) to map instead, by the start of a mapping that a plugin claimed. ``kept``:
+    starts of the mappings that an heir has from its parent, with the executable.
     """
     redirected = redirected or {}
     calls = [
         Call(NR.PRCTL, (_PR_SET_THP_DISABLE, int(mm.thp_disabled), 0, 0, 0), "switching huge pages off or on"),
-        _set_mm_map(mm, fd_of(mm.exe_file_id)),
+        _set_mm_map(mm, -1 if kept else fd_of(mm.exe_file_id)),
     ]
     for vma in mm.vmas:
         if not vmaflags.is_ours_to_map(vma):
             continue
-        if vma.status & vmaflags.ANON_SHARED:
+        if vma.start in kept:
+            pass
+        elif vma.status & vmaflags.ANON_SHARED:
             calls += _map_staged(vma, staging(vma.shmid))
         elif vma.start in redirected:
             fd, pgoff = redirected[vma.start]
@@ -364,11 +372,21 @@ def _advise(vma: pb.vma_entry, advice: int) -> Call:
     return Call(NR.MADVISE, args, f"advising {vma.start:x}-{vma.end:x}", want=None if hint else 0, may_fail=hint)
 
 
-def plan_finish(mm: pb.mm_entry, filled: Collection[int], extension: Mapping[str, Any] | None = None) -> list[Call]:
-    """Bring mappings that hold their pages into their final state: protection, advice, guards, names, locks."""
+def made_with(mm: pb.mm_entry, filled: Collection[int], kept: Mapping[int, int] | None = None) -> dict[int, int]:
+    """The protection of each mapping while it is being filled, by its start; ``kept`` has those of inherited ones."""
+    ours = [vma for vma in mm.vmas if vmaflags.is_ours_to_map(vma)]
+    made = {vma.start: vma.prot | (PROT_WRITE if vma.start in filled else 0) for vma in ours}
+    return made | dict(kept or {})
+
+
+def plan_finish(mm: pb.mm_entry, made: Mapping[int, int], extension: Mapping[str, Any] | None = None) -> list[Call]:
+    """Bring mappings that hold their pages into their final state: protection, advice, guards, names, locks.
+
+    ``made``: the protection that they have now, as :func:`made_with` says.
+    """
     extension = extension or {}
     ours = [vma for vma in mm.vmas if vmaflags.is_ours_to_map(vma)]
-    calls = [_protect(*run) for run in _protections(ours, filled)]
+    calls = [_protect(*run) for run in _protections(ours, made)]
     for vma in ours:
         for advice in vmaflags.ADVICE_OF_VMFLAG.values():
             if vma.madv >> advice & 1 and advice != vmaflags.MADV_NOHUGEPAGE:
@@ -383,11 +401,11 @@ def plan_finish(mm: pb.mm_entry, filled: Collection[int], extension: Mapping[str
     return calls + _plan_locks(mm, ours, extension.get("lock_on_fault", ()))
 
 
-def _protections(ours: Sequence[pb.vma_entry], filled: Collection[int]) -> Iterator[tuple[int, int, int]]:
-    """Ranges that were writable only to be filled, neighbours joined."""
+def _protections(ours: Sequence[pb.vma_entry], made: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
+    """Ranges with another protection than they shall have, as those that were filled; neighbours joined."""
     start = end = prot = 0
     for vma in ours:
-        if vma.start not in filled or vma.prot & PROT_WRITE:
+        if made.get(vma.start, vma.prot) == vma.prot:
             continue
         if vma.start != end or vma.prot != prot:
             if end:

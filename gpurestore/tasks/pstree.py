@@ -55,12 +55,19 @@ class Run(NamedTuple):
 
 @dataclass(slots=True)
 class TreePlan:
-    """``steps`` are done strictly in order, before anything else of the tasks. ``zombies`` die when the rest is done,
-    before their parents' late plans (which throw the resulting SIGCHLD away)."""
+    """``tree``: births and sessions. ``groups``: process groups, once all are born. ``zombies`` die when the rest is
+    done. All of that comes before the tasks' late plans (which throw the resulting SIGCHLD away); see
+    :mod:`gpurestore.tasks.births` for when each step is done."""
 
-    steps: list[Birth | Run] = field(default_factory=list)
+    tree: list[Birth | Run] = field(default_factory=list)
+    groups: list[Birth | Run] = field(default_factory=list)
     zombies: list[Run] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[Birth | Run]:
+        """All but the deaths of zombies, in an order that works."""
+        return [*self.tree, *self.groups]
 
     @property
     def births(self) -> list[Birth]:
@@ -212,28 +219,40 @@ def _plan_tree(entries: Sequence[pb.pstree_entry], exit_signals: Mapping[int, in
     planned = TreePlan(findings=tree.findings)
     if planned.findings:
         return planned
-    planned.steps.append(Birth(tree.root, None))
+    planned.tree.append(Birth(tree.root, None))
     waiting = [tree.root]
     for pid in waiting:
         children = tree.children[pid]
         early = [c for c in children if tree.leads_session(pid) and tree.born_in[c] not in (None, pid)]
         for child in early:
-            planned.steps.append(Birth(child, pid, exit_signals.get(child, _SIGCHLD)))
+            planned.tree.append(Birth(child, pid, exit_signals.get(child, _SIGCHLD)))
         if tree.leads_session(pid):
-            planned.steps.append(Run(pid, (Call(NR.SETSID, (), f"found session {pid}", want=pid),)))
+            planned.tree.append(Run(pid, (Call(NR.SETSID, (), f"found session {pid}", want=pid),)))
         late = [c for c in children if c not in set(early)]
         for child in late:
-            planned.steps.append(Birth(child, pid, exit_signals.get(child, _SIGCHLD)))
+            planned.tree.append(Birth(child, pid, exit_signals.get(child, _SIGCHLD)))
         waiting += [*early, *late]
     _plan_groups(tree, planned)
     return planned
 
 
+def _inherited_groups(planned: TreePlan) -> dict[int, int]:
+    """The group that each task is in once all are born: its parent's at that time, or that of the session it leads."""
+    groups: dict[int, int] = {}
+    for step in planned.tree:
+        if isinstance(step, Birth):
+            groups[step.pid] = OUTSIDE if step.parent is None else groups[step.parent]
+        else:
+            groups[step.pid] = step.pid
+    return groups
+
+
 def _plan_groups(tree: _Tree, planned: TreePlan) -> None:
-    """Leaders found their groups first, then the others join, then helpers go."""
+    """Leaders found their groups first, then the others join, then helpers go. Who was born into its group is there."""
     pids = set(tree.order)
+    born_into = _inherited_groups(planned)
     founders = [p for p in tree.order if tree.group[p] == p and not tree.leads_session(p)]
-    planned.steps.extend(_set_group(p, p) for p in founders)
+    planned.groups.extend(_set_group(p, p) for p in founders)
     helpers: dict[int, int] = {}
     for pid in tree.order:
         group = tree.group[pid]
@@ -243,17 +262,17 @@ def _plan_groups(tree: _Tree, planned: TreePlan) -> None:
             if session not in pids and tree.leads_session(tree.root):
                 planned.findings.append(Finding(f"pid {pid}", f"group {group}", "its session is not in the tree"))
     for helper, parent in helpers.items():
-        planned.steps += [Birth(helper, parent, exit_signal=0, helper=True), _set_group(helper, helper)]
+        planned.groups += [Birth(helper, parent, exit_signal=0, helper=True), _set_group(helper, helper)]
     for pid in tree.order:
         group = tree.group[pid]
         if group in pids and tree.session[group] != tree.session[pid]:
             planned.findings.append(Finding(f"pid {pid}", f"group {group}", "its leader is in another session"))
-        elif group not in (pid, OUTSIDE) and not tree.leads_session(pid):
-            planned.steps.append(_set_group(pid, group))
+        elif group not in (pid, OUTSIDE, born_into[pid]) and not tree.leads_session(pid):
+            planned.groups.append(_set_group(pid, group))
     for helper, parent in helpers.items():
-        planned.steps.append(Run(helper, (Call(NR.EXIT_GROUP, (0,), "helper ends"),), exits=True))
+        planned.groups.append(Run(helper, (Call(NR.EXIT_GROUP, (0,), "helper ends"),), exits=True))
         reap = Call(NR.WAIT4, (helper, Out(8), _WALL, 0), f"reap helper {helper}", want=helper)
-        planned.steps.append(Run(parent, (reap,)))
+        planned.groups.append(Run(parent, (reap,)))
 
 
 def _set_group(pid: int, group: int) -> Run:

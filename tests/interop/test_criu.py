@@ -16,6 +16,7 @@ from support.tool import Tool
 from support.victims import Victims
 
 from gpurestore.images.chunked import read_index
+from gpurestore.images.magic import INHERITING_VERSION
 
 NO_HEADER = ("pages-", "ghost-file-")
 ARGUMENTS = {"registers": ("no-tiles",)}
@@ -59,17 +60,21 @@ def test_crit_decodes_every_kind_of_image(tool: Tool, victims: Victims, folder: 
 
 
 @pytest.mark.usefixtures("rights", "real_root")
-@pytest.mark.parametrize("name", ["idle", "registers", "signals", "tree", "timers", "filemaps", "shared", "cow"])
+@pytest.mark.parametrize(
+    "name", ["idle", "registers", "signals", "tree", "timers", "filemaps", "shared", "cow", "heirs"]
+)
 def test_criu_restores_our_dump(tool: Tool, victims: Victims, folder: Path, criu: Criu, name: str) -> None:
     victim = victims.start(name, *ARGUMENTS.get(name, ()))
-    dump(tool, victim, folder / "images")
+    dump(tool, victim, folder / "images", "--criu-compatible")
     result = criu.run("restore", folder / "images", "-d")
     assert result.returncode == 0, result.stdout[-6000:]
     victim.finish()
 
 
 @pytest.mark.usefixtures("rights", "real_root")
-@pytest.mark.parametrize("name", ["idle", "registers", "signals", "tree", "timers", "filemaps", "shared", "cow"])
+@pytest.mark.parametrize(
+    "name", ["idle", "registers", "signals", "tree", "timers", "filemaps", "shared", "cow", "heirs"]
+)
 def test_we_restore_a_dump_of_criu(tool: Tool, victims: Victims, folder: Path, criu: Criu, name: str) -> None:
     victim = victims.start(name, *ARGUMENTS.get(name, ()))
     (folder / "images").mkdir()
@@ -98,5 +103,29 @@ def test_criu_refuses_compressed_images_until_they_are_decompressed(
         path.with_suffix("").write_bytes(index.read(fd, 0, index.stream_bytes))
         os.close(fd)
     result = criu.run("restore", images, "-d")
+    assert result.returncode == 0, result.stdout[-6000:]
+    victim.finish()
+
+
+@pytest.mark.usefixtures("rights", "real_root")
+def test_criu_refuses_memory_that_only_we_can_share_again(
+    tool: Tool, victims: Victims, folder: Path, criu: Criu
+) -> None:
+    victim = victims.start("heirs")
+    dump(tool, victim, folder / "images")
+    result = criu.run("restore", folder / "images", "-d")
+    assert result.returncode != 0
+    assert f"Not supported images version {INHERITING_VERSION}" in result.stdout
+    restore(tool, victim, folder / "images")
+    victim.finish()
+
+
+@pytest.mark.usefixtures("rights", "real_root")
+def test_criu_restores_a_tree_that_shares_next_to_nothing(
+    tool: Tool, victims: Victims, folder: Path, criu: Criu
+) -> None:
+    victim = victims.start("tree")
+    dump(tool, victim, folder / "images")
+    result = criu.run("restore", folder / "images", "-d")
     assert result.returncode == 0, result.stdout[-6000:]
     victim.finish()

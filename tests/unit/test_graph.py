@@ -92,6 +92,20 @@ def test_a_child_that_shares_pages_is_born_from_whole_memory_and_before_its_pare
     assert stages.after[Node("birth", 3)] == (Node("memory", 2),)
 
 
+def test_births_of_one_parent_come_one_after_another_and_others_with_them() -> None:
+    heirs = (Task(2, 40, born_from=1, born_after=4), Task(4, 2, born_from=1), Task(5, 9, born_with=2))
+    stages = made(Task(1, 10), *heirs)
+    assert stages.after[Node("birth", 2)] == (Node("memory", 1), Node("birth", 4))
+    assert stages.after[Node("descriptors", 5)] == (Node("birth", 2),)
+    assert Node("birth", 5) not in stages.nodes
+
+
+def test_groups_that_are_made_late_need_all_tasks_and_their_agents() -> None:
+    stages = graph.restore(graph.TreeFacts([Task(1, 1), Task(2, 1, born_from=1)], late_groups=True), [])
+    assert {Node("protections", 1), Node("protections", 2)} == set(stages.after[graph.GROUPS])
+    assert all(graph.GROUPS in stages.after[Node("state", pid)] for pid in (1, 2))
+
+
 def test_births_that_wait_for_one_another_are_an_error() -> None:
     with pytest.raises(ValueError, match="wait for one another"):
         made(Task(1, born_from=2), Task(2, born_from=1))

@@ -12,6 +12,8 @@ from gpurestore.images import pb
 from gpurestore.images.inspect import MemorySummary, SharedMemorySummary, format_summary, summarize
 from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, write_pagemap
 from gpurestore.images.writer import ImageWriter
+from gpurestore.tasks import inherited
+from gpurestore.tasks.memory import PageRuns
 
 
 def test_a_summary_tells_tree_memory_descriptors_plugins_and_sizes(tmp_path):
@@ -63,6 +65,24 @@ def test_pages_are_counted_where_they_lie_whatever_the_order_of_runs(tmp_path):
     assert summary.tasks[0].stored_bytes == 5 * 4096
     assert summary.shared_memory == (SharedMemorySummary(77, 3 * 4096),)
     assert "\x1b" not in format_summary(summary)
+
+
+def test_what_a_task_has_from_its_parent_is_counted_apart(tmp_path):
+    with ImageWriter(tmp_path / "images") as writer:
+        writer.write("inventory", [samples.build_inventory(samples.ids(), inheriting=True)])
+        entries = [pb.pstree_entry(pid=pid, ppid=pid - 1, pgid=1, sid=1, threads=[pid]) for pid in (1, 2)]
+        writer.write("pstree", entries)
+        for pid in (1, 2):
+            writer.write("core", [samples.core("x")], pid)
+            writer.write("mm", [samples.mm(samples.vma(0x10000, 0x14000, 1 | 1 << 9))], pid)
+            write_pagemap(writer, "pagemap", pid, pid, [0x10000], [2 if pid == 1 else 1], [PRESENT])
+            name = f"pages-{pid}.img"
+            writer.append(writer.open_raw(name), bytes(8192), name)
+        inherited.write(writer, 2, 1, PageRuns.of_ranges([(0x11000, 0x12000)]))
+        writer.commit(sync=False)
+    summary = summarize(tmp_path / "images")
+    assert [(t.stored_bytes, t.inherited_bytes) for t in summary.tasks] == [(8192, 0), (4096, 4096)]
+    assert "4.0 KiB stored, 4.0 KiB shared with 1" in format_summary(summary)
 
 
 def test_a_pages_image_that_is_too_short_is_named(tmp_path):

@@ -200,7 +200,7 @@ def restore(
             child.run(mm.plan_strip(start, end, own, found))
             child.run(mm.plan_mappings(found, files.fds.__getitem__, addresses.__getitem__, plan.filled))
             plan.run(region, 0, child.pid, pages.fileno())
-            child.run(mm.plan_finish(found, plan.filled, extension))
+            child.run(mm.plan_finish(found, mm.made_with(found, plan.filled), extension))
             for address, content in wanted.items():
                 assert memory_of(child.pid, address, len(content)) == content
             assert Path(f"/proc/{child.pid}/auxv").read_bytes() == auxv
@@ -237,7 +237,7 @@ def test_names_of_anonymous_memory_and_locks_on_fault_are_kept_beside_the_format
     task.vmas = [base]
     extension = mm.collect_extension(task)
     assert extension == {"names": {"1000": "my arena"}, "lock_on_fault": ["1000"]}
-    name, lock = mm.plan_finish(space(area(0x1000, 0x2000, flags=0x2022)), (), extension)
+    name, lock = mm.plan_finish(space(area(0x1000, 0x2000, flags=0x2022)), {}, extension)
     assert (name.nr, name.args[4], name.may_fail) == (NR.PRCTL, Data(b"my arena\0"), True)
     assert (lock.nr, lock.args, lock.want) == (NR.MLOCK2, (0x1000, 0x1000, 1), 0)
 
@@ -301,7 +301,7 @@ def test_mappings_are_planned_with_what_each_kind_needs() -> None:
         (NR.MREMAP, (0x901000, 0, 0x10000, 3, 0x40000)),
         (NR.MPROTECT, (0x40000, 0x10000, 1)),
     ]
-    assert [(call.nr, call.args) for call in mm.plan_finish(target, {0x20000})] == [
+    assert [(call.nr, call.args) for call in mm.plan_finish(target, mm.made_with(target, {0x20000}))] == [
         (NR.MPROTECT, (0x20000, 0x10000, 1)),
         (NR.MADVISE, (0x10000, 0x1000, vmaflags.MADV_GUARD_INSTALL)),
         (NR.MLOCK2, (0x20000, 0x10000, 0)),
@@ -310,7 +310,7 @@ def test_mappings_are_planned_with_what_each_kind_needs() -> None:
 
 def test_neighbours_are_protected_in_one_go() -> None:
     vmas = [area(s, s + 0x1000, prot=p) for s, p in ((0x1000, 1), (0x2000, 1), (0x3000, 5), (0x4000, 3), (0x5000, 5))]
-    calls = mm.plan_finish(space(*vmas), {vma.start for vma in vmas})
+    calls = mm.plan_finish(space(*vmas), mm.made_with(space(*vmas), {vma.start for vma in vmas}))
     assert [call.args for call in calls] == [(0x1000, 0x2000, 1), (0x3000, 0x1000, 5), (0x5000, 0x1000, 5)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,7 @@ def test_runs_combine_as_sets_of_pages_do(first: list[tuple[int, int]], second: 
 @given(LISTS, LISTS)
 def test_a_union_has_no_runs_that_touch(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
     united = list(runs_of(first) | runs_of(second))
-    assert all(a + n * PAGE_BYTES < b for (a, n), (b, _) in zip(united, united[1:], strict=False))
+    assert all(a + n * PAGE_BYTES < b for (a, n), (b, _) in pairwise(united))
 
 
 @pytest.mark.parametrize("runs", [[(8, 2), (9, 1)], [(8, 1), (4, 1)], [(8, 0)], [(8, 1 << 52)]])

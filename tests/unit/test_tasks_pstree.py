@@ -12,7 +12,7 @@ from support.selfcalls import execute, in_child
 from gpurestore.errors import ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import pstree
+from gpurestore.tasks import births, pstree
 from gpurestore.tasks.pstree import Birth, Run
 
 
@@ -34,10 +34,10 @@ def _plan(entries, **dead):
     return pstree.plan(entries, cores)
 
 
-def _simulate(planned, outside=(7, 7)):
+def _simulate(steps, outside=(7, 7)):
     """Sessions and groups by pid as the kernel would have them after the steps; (sid, pgid) outside."""
     state, reaped = {}, []
-    for step in planned.steps:
+    for step in steps:
         if isinstance(step, Birth):
             assert step.pid not in state
             state[step.pid] = outside if step.parent is None else state[step.parent]
@@ -71,19 +71,19 @@ def test_a_daemon_like_tree_is_planned_in_an_order_that_works():
     ]
     planned = _plan(entries)
     assert planned.findings == []
-    assert _simulate(planned) == {e.pid: (e.sid, e.pgid) for e in entries}
+    assert _simulate(planned.steps) == {e.pid: (e.sid, e.pgid) for e in entries}
 
 
 def test_a_shell_job_stays_in_the_session_and_group_of_the_restorer():
     entries = [_entry(100, 0, 50, 40), _entry(101, 100, 50, 40), _entry(102, 100, 102, 40), _entry(103, 102, 103, 103)]
-    assert _simulate(_plan(entries)) == {100: (7, 7), 101: (7, 7), 102: (7, 102), 103: (103, 103)}
+    assert _simulate(_plan(entries).steps) == {100: (7, 7), 101: (7, 7), 102: (7, 102), 103: (103, 103)}
 
 
 def test_a_group_whose_leader_is_gone_gets_a_helper_for_a_moment():
     entries = [_entry(100, 0, 100, 100), _entry(102, 100, 101, 100), _entry(103, 100, 101, 100)]
     planned = _plan(entries)
     assert [b.pid for b in planned.births if b.helper] == [101]
-    assert _simulate(planned) == {e.pid: (e.sid, e.pgid) for e in entries}
+    assert _simulate(planned.steps) == {e.pid: (e.sid, e.pgid) for e in entries}
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,10 @@ def test_a_session_that_cannot_have_been_inherited_is_found(entries):
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 8), st.sampled_from(["same", "group", "session", "old session"])), max_size=12)
+    st.lists(st.tuples(st.integers(0, 8), st.sampled_from(["same", "group", "session", "old session"])), max_size=12),
+    st.sets(st.integers(101, 112)),
 )
-def test_every_tree_that_forks_could_have_made_is_planned_right(history):
+def test_every_tree_that_forks_could_have_made_is_planned_right(history, heirs):
     """Processes fork, found groups and sessions in any order; what comes out must be possible again."""
     state = {100: (0, (100, 100))}
     for number, (who, kind) in enumerate(history):
@@ -124,7 +125,58 @@ def test_every_tree_that_forks_could_have_made_is_planned_right(history):
         assert planned.findings
     else:
         assert planned.findings == []
-        assert _simulate(planned) == groups
+        assert _simulate(planned.steps) == groups
+        late = births.schedule(planned, heirs)
+        assert _simulate(_as_late_as_can_be(late)) == groups
+        _check_moments(late, planned, heirs & state.keys())
+
+
+def _as_late_as_can_be(late):
+    """An order that obeys the schedule: heirs come when their siblings are there, whoever is free first."""
+    done, steps, waiting = set(), list(late.first), dict(late.later)
+    done.update(step.pid for step in steps if isinstance(step, Birth))
+    while waiting:
+        heir = max(h for h, s in waiting.items() if s[0].parent in done and late.previous.get(h, 100) in done | {100})
+        steps += waiting.pop(heir)
+        done.update(step.pid for step in steps if isinstance(step, Birth))
+    return [*steps, *late.last]
+
+
+def _check_moments(late, planned, heirs):
+    """Nobody waits for memory but heirs, their children, and whoever comes behind them for a reason."""
+    assert late.later.keys() == heirs
+    for heir, steps in late.later.items():
+        assert steps[0].pid == heir
+    for birth in planned.births:
+        with_heir = late.with_heir.get(birth.pid)
+        if birth.pid in heirs:
+            assert with_heir == birth.pid
+        elif birth.parent is not None and not birth.helper and with_heir is None:
+            assert late.with_heir.get(birth.parent) is None
+    if not heirs:
+        assert late.last == []
+
+
+def test_children_that_inherit_nothing_do_not_wait_for_those_that_do():
+    planned = _plan([_entry(pid, 100 if pid > 100 else 0, 100, 100) for pid in (100, 101, 102, 103)])
+    late = births.schedule(planned, {101, 103})
+    assert [s.pid for s in late.first if isinstance(s, Birth)] == [100, 102]
+    assert (late.with_heir, late.previous, late.last) == ({101: 101, 103: 103}, {103: 101}, [])
+
+
+def test_a_session_is_founded_when_those_who_are_not_in_it_are_born():
+    planned = _plan([_entry(100, 0, 100, 100), _entry(101, 100, 101, 101), _entry(102, 101, 102, 100)])
+    late = births.schedule(planned, {102})
+    assert [type(step) for step in late.later[102]] == [Birth, Run]
+    assert late.last[0] == planned.groups[0]
+
+
+def test_zombies_die_as_soon_as_they_are_born_unless_they_have_groups_to_join():
+    entries = [_entry(100, 0, 100, 100), _entry(101, 100, 100, 100), _entry(102, 100, 100, 100)]
+    assert births.schedule(_plan(entries, p102=9), {101}).first[-1].exits
+    entries[2].pgid = 102
+    late = births.schedule(_plan(entries, p102=9), {101})
+    assert [step.exits for step in late.last] == [False, True]
 
 
 @pytest.mark.parametrize("status", [0, 3 << 8, 255 << 8, 9, 15, 6, 11, 34])

@@ -1,0 +1,275 @@
+"""Memory that tasks share copy-on-write since a fork: recognised at dump, stored once, shared again after a restore.
+
+A page counts as *inherited* if a task and its parent in the tree have the same frame at the same address, in mappings
+of one kind. It is stored with the parent only; ``inherited-PID.img`` lists the pages that the child has from there. At
+restore such a child, an *heir*, is cloned when its parent's memory is in place, and keeps those mappings instead of
+making them anew. Where frames cannot be seen, and for CRIU, everything is stored as copies.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from array import array
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from gpurestore.batch import Call
+from gpurestore.core import Cancel, check, ffi, lib, new_error
+from gpurestore.errors import ImageError
+from gpurestore.images import pb
+from gpurestore.images.magic import KINDS
+from gpurestore.images.pagemap import PRESENT, Pagemap, read_pagemap, write_pagemap
+from gpurestore.syscalls import NR
+from gpurestore.tasks import memory, vmaflags
+from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory import PageRuns
+
+if TYPE_CHECKING:
+    from gpurestore.images.folder import ImageFolder
+    from gpurestore.images.writer import ImageWriter
+
+log = logging.getLogger("gpurestore.memory")
+
+# A tree that shares less than this is stored as copies: a restore needs no order then, and CRIU can do it, too.
+MIN_SHARED_BYTES = 1 << 20
+
+_MADV_DONTNEED = 4
+
+# What can differ between the mappings of parent and child, because it comes last in a restore.
+_CHANGEABLE_FLAGS = vmaflags.MAP_LOCKED
+_CHANGEABLE_STATUS = vmaflags.HEAP | vmaflags.STACK
+# Advice that is there before the pages and cannot be taken back.
+_LASTING_ADVICE = 1 << vmaflags.MADV_HUGEPAGE | 1 << vmaflags.MADV_NOHUGEPAGE
+
+
+def bases(mm: pb.mm_entry, parent: pb.mm_entry) -> dict[int, pb.vma_entry]:
+    """The private mappings of a task that can be parts of mappings of its parent: the latter by the former's start."""
+    if mm.exe_file_id != parent.exe_file_id:
+        return {}  # a program cannot be changed as long as a part of it is mapped
+    theirs = [vma for vma in parent.vmas if not vmaflags.is_guard(vma)]
+    starts = [vma.start for vma in theirs]
+    found = {}
+    for vma in mm.vmas:
+        at = bisect.bisect(starts, vma.start) - 1
+        if at >= 0 and _is_part(vma, theirs[at]):
+            found[vma.start] = theirs[at]
+    return found
+
+
+def _is_part(vma: pb.vma_entry, base: pb.vma_entry) -> bool:
+    if not (vmaflags.is_private(vma) and vmaflags.is_private(base)) or vma.flags & vmaflags.MAP_DROPPABLE:
+        return False
+    if not base.start <= vma.start < vma.end <= base.end or (vma.flags ^ base.flags) & ~_CHANGEABLE_FLAGS:
+        return False
+    if (vma.status ^ base.status) & ~_CHANGEABLE_STATUS or base.madv & _LASTING_ADVICE & ~vma.madv:
+        return False
+    same_file = vma.shmid == base.shmid and vma.pgoff - base.pgoff == vma.start - base.start
+    return same_file or not vma.status & vmaflags.FILE_PRIVATE
+
+
+# ---- dump
+
+
+def can_recognise() -> bool:
+    """Whether this process may see which frames the pages of others lie in; logs it if not."""
+    err = new_error()
+    visible = bool(check(lib.gr_frames_visible(err), err))
+    if not visible:
+        log.info("frame numbers are hidden from us: memory that tasks share since a fork is stored once for each")
+    return visible
+
+
+def common(pid: int, other: int, runs: PageRuns, cancel: Cancel | None = None) -> PageRuns:
+    """Those pages of ``runs`` that two frozen tasks hold in common at the same address."""
+    view, _keep = runs.view()
+    flag = cancel.flag if cancel else ffi.NULL
+    return PageRuns.made_by(lambda out, err: lib.gr_frames_common(pid, other, view, flag, out, err))
+
+
+def find(
+    pid: int, mm: pb.mm_entry, parent_pid: int, parent: pb.mm_entry, stored: PageRuns, cancel: Cancel | None = None
+) -> PageRuns:
+    """Those pages of ``stored`` (all that a frozen task needs) which it has from its parent, frozen as well."""
+    parts = bases(mm, parent)
+    ranges = PageRuns.of_ranges([(vma.start, vma.end) for vma in mm.vmas if vma.start in parts])
+    return common(pid, parent_pid, stored & ranges, cancel)
+
+
+class Sharing:
+    """What the tasks of one dump share. Look at every task, then :meth:`settle`; both before anything is written.
+
+    ``parents``: of each task that may have pages from its parent, the parent's pid.
+    """
+
+    def __init__(self, mms: Mapping[int, pb.mm_entry], parents: Mapping[int, int]) -> None:
+        self._mms, self._parents = mms, parents
+        self._stored: dict[int, PageRuns] = {}
+        self._inherited: dict[int, PageRuns] = {}
+
+    @property
+    def shared_bytes(self) -> int:
+        """How much of the tree's memory is not stored because a parent's image holds it."""
+        return sum(runs.total_bytes for runs in self._inherited.values())
+
+    def look_at(self, pid: int, cancel: Cancel | None = None) -> None:
+        """Find out which pages of a frozen task must be stored. Blocks; different tasks in any threads."""
+        stored = memory.select(pid, self._mms[pid], cancel)
+        if (parent := self._parents.get(pid)) is not None:
+            found = find(pid, self._mms[pid], parent, self._mms[parent], stored, cancel)
+            if len(found):
+                self._inherited[pid] = found
+        self._stored[pid] = stored
+
+    def settle(self) -> None:
+        """Decide whether what was found is worth an image that only we can restore."""
+        if self.shared_bytes < MIN_SHARED_BYTES:
+            self._inherited.clear()
+        for pid, runs in self._inherited.items():
+            self._stored[pid] -= runs
+
+    def own(self, pid: int) -> PageRuns:
+        """The pages that belong into a task's own pages image."""
+        return self._stored[pid]
+
+    def write(self, writer: ImageWriter, stored: Mapping[int, PageRuns]) -> None:
+        """Write what is inherited; ``stored`` is what the pagemaps of all tasks hold in the end, parents first.
+
+        A page that was found to hold nothing but zeros may be in no pagemap: then heirs get the like from nowhere.
+        """
+        for pid in stored:
+            if pid in self._inherited:
+                parent = self._parents[pid]
+                has = stored[parent] | self._inherited.get(parent, PageRuns())
+                self._inherited[pid] &= has
+                write(writer, pid, parent, self._inherited[pid])
+
+
+def write(writer: ImageWriter, pid: int, parent_pid: int, runs: PageRuns) -> None:
+    """Write ``inherited-PID.img``: the records of a pagemap, but no pages; the head names the parent."""
+    write_pagemap(writer, "inherited", pid, parent_pid, runs.vaddrs, runs.nr_pages, array("I", bytes(4 * len(runs))))
+
+
+# ---- restore
+
+
+class Inherited(NamedTuple):
+    """What a task has from its parent.
+
+    ``bases``: the parent's mapping around each mapping of the task that is kept, by the latter's start. ``dropped``:
+    pages that the parent has in there and the task does not.
+    """
+
+    parent: int
+    runs: PageRuns
+    bases: Mapping[int, pb.vma_entry]
+    dropped: PageRuns
+
+    @property
+    def kept(self) -> Collection[int]:
+        """Starts of the mappings that the task has from its parent instead of making them."""
+        return self.bases.keys()
+
+    def protections(self, parents: Mapping[int, int]) -> dict[int, int]:
+        """The protection of each kept mapping, given those of the parent's mappings."""
+        return {start: parents[base.start] for start, base in self.bases.items()}
+
+    def plan_drop(self) -> list[Call]:
+        """Let go of pages that the parent has in what is kept and the task has not: before any are filled."""
+        return [
+            Call(
+                NR.MADVISE, (start, nr_pages * PAGE_BYTES, _MADV_DONTNEED), f"dropping {nr_pages} pages at {start:x}", 0
+            )
+            for start, nr_pages in self.dropped
+        ]
+
+
+def load(folder: ImageFolder, parents: Mapping[int, int], mms: Mapping[int, pb.mm_entry]) -> dict[int, Inherited]:
+    """Read and check what the tasks of a tree have from their parents, which come first in ``mms``.
+
+    Raises ImageError where an image promises what the parent does not have.
+    """
+    idents = set(folder.idents("inherited"))
+    if unknown := sorted(idents - mms.keys()):
+        raise ImageError(f"{folder.path}/{_file_name(unknown[0])}: there is no living task {unknown[0]}")
+    pages: dict[int, PageRuns] = {}
+    found: dict[int, Inherited] = {}
+    for pid in mms if idents else ():
+        pages[pid] = _runs_of(read_pagemap(folder, "pagemap", pid), f"{folder.path}/pagemap-{pid}.img")
+        if pid in idents:
+            found[pid] = _load_one(folder, pid, parents[pid], mms, pages)
+            pages[pid] |= found[pid].runs
+    return found
+
+
+def _file_name(pid: int) -> str:
+    return KINDS["inherited"].file_name(pid)
+
+
+def _runs_of(pagemap: Pagemap, name: str) -> PageRuns:
+    if not pagemap.ascending:
+        raise ImageError(f"{name}: its runs of pages are not in order")
+    return PageRuns(pagemap.vaddrs, pagemap.nr_pages)
+
+
+def _load_one(
+    folder: ImageFolder, pid: int, parent: int, mms: Mapping[int, pb.mm_entry], pages: Mapping[int, PageRuns]
+) -> Inherited:
+    name = f"{folder.path}/{_file_name(pid)}"
+    image = read_pagemap(folder, "inherited", pid)
+    runs = _runs_of(image, name)
+    if image.pages_id != parent or parent not in pages:
+        raise ImageError(f"{name}: made for a child of {image.pages_id}, but task {pid} is one of {parent}")
+    parts = bases(mms[pid], mms[parent])
+    ranges = PageRuns.of_ranges([(vma.start, vma.end) for vma in mms[pid].vmas if vma.start in parts])
+    for wrong, why in (
+        (runs - ranges, f"not in a mapping that task {pid} can have from its parent"),
+        (runs - pages[parent], f"which its parent {parent} does not have"),
+        (runs & pages[pid], "which it has itself"),
+    ):
+        if len(wrong):
+            raise ImageError(f"{name}: damaged: {wrong.nr_pages[0]} pages at {wrong.vaddrs[0]:#x}, {why}")
+    kept = {vma.start: parts[vma.start] for vma in mms[pid].vmas if vma.start in parts and _touches(vma, runs)}
+    ranges = PageRuns.of_ranges([(vma.start, vma.end) for vma in mms[pid].vmas if vma.start in kept])
+    return Inherited(parent, runs, kept, (ranges & pages[parent]) - runs)
+
+
+def _touches(vma: pb.vma_entry, runs: PageRuns) -> bool:
+    after = bisect.bisect(runs.vaddrs, vma.start)
+    if after and runs.vaddrs[after - 1] + runs.nr_pages[after - 1] * PAGE_BYTES > vma.start:
+        return True
+    return after < len(runs) and runs.vaddrs[after] < vma.end
+
+
+class Source(NamedTuple):
+    """Where ``nr_pages`` pages from address ``vaddr`` on are stored: at page ``page`` of pages-PAGES_ID.img."""
+
+    vaddr: int
+    nr_pages: int
+    pages_id: int
+    page: int
+
+
+def resolve(pid: int, found: Mapping[int, Inherited], pagemaps: Mapping[int, Pagemap]) -> list[Source]:
+    """Where the bytes lie that a task has from its parent, or that one from its own: for who wants copies of them.
+
+    ``found`` comes from :func:`load`, ``pagemaps`` are those of all tasks. Ascending by address.
+    """
+    sources: list[Source] = []
+    wanted = found[pid].runs
+    while len(wanted):
+        pid = found[pid].parent
+        stored = PageRuns(pagemaps[pid].vaddrs, pagemaps[pid].nr_pages)
+        sources += _places(pagemaps[pid], stored & wanted)
+        wanted -= stored
+    return sorted(sources, key=lambda source: source.vaddr)
+
+
+def _places(pagemap: Pagemap, pieces: PageRuns) -> Iterator[Source]:
+    """``pieces`` each lie in one run of the pagemap."""
+    at = page = 0
+    for vaddr, nr_pages in pieces:
+        while pagemap.vaddrs[at] + pagemap.nr_pages[at] * PAGE_BYTES <= vaddr:
+            page += pagemap.nr_pages[at] if pagemap.flags[at] & PRESENT else 0
+            at += 1
+        yield Source(vaddr, nr_pages, pagemap.pages_id, page + (vaddr - pagemap.vaddrs[at]) // PAGE_BYTES)
