@@ -92,7 +92,7 @@ def test_criu_refuses_compressed_images_until_they_are_decompressed(
 ) -> None:
     victim = victims.start("shared")
     images = folder / "images"
-    dump(tool, victim, images, f"--compress={method}")
+    dump(tool, victim, images, f"--compress={method}", "--criu-compatible")
     result = criu.run("restore", images, "-d")
     assert result.returncode != 0, "CRIU restored something from images that it cannot read"
     assert "pages-" in result.stdout and "Error" in result.stdout, result.stdout[-3000:]
