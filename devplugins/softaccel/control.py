@@ -6,7 +6,8 @@ gets one reply, ``{"ok": true, ...}`` or ``{"error": text, "errno": number}``, b
 Whatever a tool held, or made and did not hand over, is given back when its connection ends, however it ends.
 
     info                            -> devices
-    find      inodes, pidfd?        -> contexts whose clients' sockets these are; "mine": of the process of the pidfd
+    find      inodes, pidfd?        -> contexts whose clients' sockets these are; "mine": of the process of the pidfd;
+                                    "silent": how many connections of that process have not said what they are
     hold      uid                   drain the context and let nothing new begin
     release                         let everything go on that this connection holds
     checkpoint uid, pid + file      {"begun": true} when the state is taken, then -> bytes, seconds: it is written
@@ -182,7 +183,7 @@ class Session:
             for context in list(self._server.contexts.values())
             if context.inode in wanted and self._may(context)
         ]
-        return {"contexts": found}, ()
+        return {"contexts": found, "silent": self._server.nr_silent(pid)}, ()
 
     def _do_hold(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], tuple[int, ...]]:
         context = self._context(request)

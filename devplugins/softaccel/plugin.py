@@ -41,6 +41,7 @@ _CONTEXT_IMAGE = re.compile(r"softaccel-([0-9a-f]{16})\.img")
 _PAGE_PATH = re.compile(rf"/memfd:{PAGE_NAME}([0-9a-f]{{16}})(?: \(deleted\))?")
 _SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
 _MAX_INODES = 1000  # a message's worth
+_HELLO_WAIT_S, _HELLO_POLL_S = 2.0, 0.005
 
 
 @dataclass(slots=True)
@@ -172,11 +173,23 @@ class SoftaccelPlugin(DevicePlugin):
             pidfd = os.pidfd_open(pid)
             try:
                 for start in range(0, len(inodes), _MAX_INODES):
-                    answer, _ = await tool.call("find", [pidfd], inodes=inodes[start : start + _MAX_INODES])
-                    for found in answer["contexts"]:
+                    for found in await self._find(tool, pidfd, inodes[start : start + _MAX_INODES], hook):
                         await self._hold_one(tool, pid, found)
             finally:
                 os.close(pidfd)
+
+    async def _find(self, tool: Tool, pidfd: int, inodes: list[int], hook: str) -> list[Mapping[str, Any]]:
+        """Contexts behind sockets. A client that has just connected is given time to say so, while it still runs."""
+        deadline = trio.current_time() + _HELLO_WAIT_S
+        while True:
+            answer, _ = await tool.call("find", [pidfd], inodes=inodes)
+            if not answer["silent"]:
+                return list(answer["contexts"])
+            if hook != "PAUSE_DEVICES" or trio.current_time() > deadline:
+                raise ServerError(
+                    errno.EAGAIN, "a client is caught between its connect and its first message; try again"
+                )
+            await trio.sleep(_HELLO_POLL_S)
 
     async def _hold_one(self, tool: Tool, pid: int, found: Mapping[str, Any]) -> None:
         inode = int(found["inode"])

@@ -169,6 +169,16 @@ class Server:
 
     # ---- for tools
 
+    def nr_silent(self, pid: int) -> int:
+        """How many connections of a process have said nothing yet."""
+        nr = 0
+        for sock in list(self._strangers.values()):
+            try:
+                nr += peer(sock)[0] == pid
+            except OSError:
+                pass  # closed in between
+        return nr
+
     def restore(self, index: int, state: dict[str, Any], owner: int) -> tuple[Context, socket.socket]:
         """A held context as ``state`` describes it, its memory empty yet, and the client's end of its socket."""
         context = self._make(index)

@@ -24,6 +24,8 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
+HERE = Path(__file__).parent
+CLIENT = HERE.parents[1] / "devplugins" / "softaccel"
 # Adds 1 to numbers on the device, in every way in which a client can wait, and says how far it is.
 JOB = """
 import os, sys
@@ -74,12 +76,20 @@ class Job:
 
     def __init__(self, folder: Path, where: str, steps: int = 1500, nr_processes: int = 1) -> None:
         self.folder, self.nr_processes, self.steps = folder, nr_processes, steps
-        (folder / "job.py").write_text(JOB)
-        command = [sys.executable, str(folder / "job.py"), str(folder), where, str(steps), str(nr_processes)]
+        command = self.command(where)
         with open(folder / "job.log", "wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+
+    def command(self, where: str) -> list[str]:
+        """What it runs."""
+        (self.folder / "job.py").write_text(JOB)
+        return [sys.executable, str(self.folder / "job.py"), str(self.folder), where, *self.numbers]
+
+    @property
+    def numbers(self) -> list[str]:
+        return [str(self.steps), str(self.nr_processes)]
 
     @property
     def pid(self) -> int:
@@ -117,6 +127,36 @@ class Job:
         return [name.read_text() for name in names]
 
 
+class JobInC(Job):
+    """The same in C, with the C client."""
+
+    def command(self, where: str) -> list[str]:
+        program = self.folder / "job"
+        sources = [str(HERE / "softaccel_job.c"), str(CLIENT / "softaccel.c")]
+        flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{CLIENT}"]
+        subprocess.run(["gcc", *flags, "-o", str(program), *sources], check=True)
+        return [str(program), where, str(self.folder), str(self.steps)]
+
+
+# Connects, and says who it is only a good while later.
+SHY = """
+import sys, time
+from gpurestore.devplugins.softaccel.client import Context
+class Shy(Context):
+    def _open(self):
+        print("connected", flush=True)
+        time.sleep(0.5)
+        return super()._open()
+context = Shy(0, sys.argv[1])
+data = context.upload(b"kept on the device")
+open(sys.argv[2], "w").write("open")
+while context.stream:
+    time.sleep(0.01)
+    assert data.read() == b"kept on the device"
+    open(sys.argv[3], "a").write(".")
+"""
+
+
 @pytest.fixture
 def here() -> Iterator[RunningServer]:
     with server("--devices", "2", "--memory", "32M", "--bandwidth", "400M") as running:
@@ -132,8 +172,8 @@ def start(folder: Path, here: RunningServer) -> Iterator[Start]:
     processes.become_subreaper()
     jobs = []
 
-    def begin(steps: int, nr_processes: int = 1) -> Job:
-        jobs.append(Job(folder, here.address, steps, nr_processes))
+    def begin(steps: int, nr_processes: int = 1, kind: type[Job] = Job) -> Job:
+        jobs.append(kind(folder, here.address, steps, nr_processes))
         return jobs[-1]
 
     yield begin
@@ -162,6 +202,41 @@ def test_jobs_go_on_after_several_restores_with_all_that_they_had(
         assert len(list((folder / f"images.{turn}").glob("softaccel-????????????????.img"))) == nr_processes
         tool.restore(folder / f"images.{turn}", "-d", *(["--serial"] if turn == 1 else [])).expect(0)
     assert job.results() == ["7acc00000000 7acc00002000 7acc00004000"] * nr_processes
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_job_with_the_c_client_goes_on_and_computes_right(
+    tool: Tool, folder: Path, here: RunningServer, start: Start
+) -> None:
+    job = start(900, kind=JobInC)
+    where = ("--plugin-option", f"softaccel.socket={here.address}")
+    for turn in range(2):
+        job.wait_for(100 + 200 * turn)
+        assert job.step() < 900
+        dump(tool, job, folder / f"images.{turn}", *where)
+        tool.restore(folder / f"images.{turn}", "-d").expect(0)
+    assert job.results() == ["right"]
+
+
+def test_a_client_that_has_only_just_connected_is_waited_for(
+    tool: Tool, folder: Path, here: RunningServer, start: Start
+) -> None:
+    (folder / "shy.py").write_text(SHY)
+    command = [sys.executable, str(folder / "shy.py"), here.address, str(folder / "open"), str(folder / "beats")]
+    with open(folder / "shy.log", "wb") as log:
+        shy = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    processes.wait_until(lambda: (folder / "shy.log").stat().st_size > 0, "it has connected")
+    assert not (folder / "open").exists()
+    where = ("--plugin-option", f"softaccel.socket={here.address}")
+    tool.dump(shy.pid, folder / "images", *where).expect(0)
+    shy.wait(20)
+    processes.wait_gone([shy.pid])
+    tool.restore(folder / "images", "-d").expect(0)
+    beats = (folder / "beats").stat().st_size if (folder / "beats").exists() else 0
+    processes.wait_until(
+        lambda: (folder / "beats").exists() and (folder / "beats").stat().st_size > beats, "it goes on"
+    )
+    assert processes.alive(shy.pid), (folder / "shy.log").read_text()
 
 
 def test_a_job_that_was_left_running_goes_on_beside_its_copy_on_another_server(

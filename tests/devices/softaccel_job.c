@@ -1,0 +1,95 @@
+/* A job on the software accelerator (a stand-in for hardware) with its C client: softaccel_job ADDRESS FOLDER STEPS.
+ *
+ * Adds 1 to numbers on the device once per step, waits for it in every way that there is, appends a byte to
+ * FOLDER/progress.0, and in the end compares what it has with what it must have: FOLDER/done.0 says "right".
+ */
+#define _GNU_SOURCE
+#include "softaccel.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define DO(call)                                                                          \
+	do {                                                                              \
+		int result = (call);                                                      \
+		if (result) {                                                             \
+			fprintf(stderr, "%s: %d %s\n", #call, result, sa_error(context)); \
+			return 1;                                                         \
+		}                                                                         \
+	} while (0)
+
+enum { NR = 1000, BALLAST_BYTES = 1 << 20 };
+
+static double ones[NR], sums[NR];
+static unsigned char ballast[BALLAST_BYTES], back[BALLAST_BYTES];
+
+static int progress_file(const char *folder, const char *name)
+{
+	char path[4096];
+
+	snprintf(path, sizeof(path), "%s/%s", folder, name);
+	return open(path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600);
+}
+
+int main(int argc, char **argv)
+{
+	char error[SA_ERROR_BYTES] = "";
+	struct sa_context *context;
+	uint64_t d_ones, d_sums, d_ballast, stream, event, number;
+	int steps, progress, done;
+
+	if (argc < 4 || sa_open(argv[1], 0, &context, error)) {
+		fprintf(stderr, "%s\n", error);
+		return 2;
+	}
+	steps = atoi(argv[3]);
+	progress = progress_file(argv[2], "progress.0");
+	for (int i = 0; i < NR; i++)
+		ones[i] = 1;
+	for (int i = 0; i < BALLAST_BYTES; i++)
+		ballast[i] = (unsigned char)(i * 2654435761u >> 24);
+	DO(sa_alloc(context, sizeof(ones), &d_ones));
+	DO(sa_alloc(context, sizeof(sums), &d_sums));
+	DO(sa_alloc(context, sizeof(ballast), &d_ballast));
+	DO(sa_stream_create(context, &stream));
+	DO(sa_event_create(context, &event));
+	DO(sa_copy_in(context, 0, d_ones, ones, sizeof(ones), NULL));
+	DO(sa_copy_in(context, 0, d_sums, sums, sizeof(sums), NULL));
+	DO(sa_copy_in(context, 0, d_ballast, ballast, sizeof(ballast), NULL));
+	DO(sa_wait(context, SA_ALL_STREAMS));
+	for (int step = 0; step < steps; step++) {
+		uint64_t busy[1] = { 2000000 }, axpy[4] = { d_sums, d_ones, NR, sa_double(1.0) };
+
+		DO(sa_launch(context, stream, SA_BUSY, SA_FLOAT64, busy, 1, NULL));
+		DO(sa_launch(context, stream, SA_AXPY, SA_FLOAT64, axpy, 4, &number));
+		DO(sa_event_record(context, stream, event));
+		if (step % 3 == 0)
+			DO(sa_wait(context, SA_ALL_STREAMS));
+		else if (step % 3 == 1)
+			DO(sa_event_wait(context, event));
+		else
+			while (sa_completed(context, stream) < number && !sa_lost(context))
+				;
+		if (write(progress, "\n", 1) != 1)
+			return 3;
+	}
+	DO(sa_copy_out(context, 0, sums, d_sums, sizeof(sums), NULL));
+	DO(sa_copy_out(context, 0, back, d_ballast, sizeof(back), NULL));
+	DO(sa_wait(context, SA_ALL_STREAMS));
+	for (int i = 0; i < NR; i++) {
+		if (sums[i] != steps) {
+			fprintf(stderr, "sum %d is %g, not %d\n", i, sums[i], steps);
+			return 1;
+		}
+	}
+	if (memcmp(ballast, back, sizeof(back))) {
+		fputs("the ballast has changed\n", stderr);
+		return 1;
+	}
+	sa_close(context);
+	done = progress_file(argv[2], "done.0");
+	return write(done, "right", 5) == 5 ? 0 : 3;
+}
