@@ -24,6 +24,7 @@ UNITS = (
     "gr_runs",
     "gr_pagescan",
     "gr_frames",
+    "gr_crc64",
     "gr_pages_out",
     "gr_pump",
     "gr_chunk_read",

@@ -1,41 +1,61 @@
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <time.h>
 
+#include "gr_crc64.h"
 #include "gr_internal.h"
 #include "gr_pages_out.h"
 #include "gr_workers.h"
 
 #define PAGE_BYTES 4096UL
-/* A chunk has at most one vector element per page, which is below the kernel's limit of 1024 (UIO_MAXIOV). */
-#define CHUNK_PAGES 512UL
+/*
+ * Pages that a thread reads, sums and writes at once: they stay in its core's second cache in between. A chunk has at
+ * most one vector element per page, which is below the kernel's limit of 1024 (UIO_MAXIOV).
+ */
+#define CHUNK_PAGES 128UL
 #define CHUNK_BYTES (CHUNK_PAGES * PAGE_BYTES)
 
-/* Where a chunk begins: page `page` of run `run`. */
+/* A part of a run: what a chunk is made of, and what is left of it without pages of zeros. */
+struct piece {
+	uint64_t floor; /* where its run begins */
+	uint64_t start, end;
+};
+
+/* What one thread works on. */
 struct chunk {
-	uint64_t run, page;
+	uint64_t index; /* of all chunks */
+	char *buffer;
+	struct iovec *vector;
+	struct piece pieces[CHUNK_PAGES], left[CHUNK_PAGES];
+	unsigned int nr_pieces, nr_left;
+	uint64_t bytes; /* in the buffer */
+	uint64_t offset; /* in the target */
 };
 
 struct job {
 	const struct gr_pages_source *source;
-	const uint64_t *vaddrs, *nr_pages;
-	uint64_t nr_runs, total_pages;
-	int out_fd, mem_fd;
-	uint64_t out_offset;
-	struct chunk *chunks;
-	uint64_t nr_chunks;
-	uint64_t next; /* atomic: the next chunk that nobody took */
+	const struct gr_runs_view *runs;
+	struct gr_pages_target *target;
+	struct gr_page_runs *stored;
+	int mem_fd;
 	int *cancel;
 	int stop;
-	uint64_t *done_bytes;
+	/* Chunks are taken in order and get their places in order; reading and writing is done in any order between. */
+	pthread_mutex_t lock; /* of what follows, target and stored */
+	pthread_cond_t placed_one;
+	uint64_t run, page; /* where the next chunk begins */
+	uint64_t nr_taken, nr_placed;
+	uint64_t end; /* of what has its place in the target */
 };
 
 static int write_all(const struct job *job, const char *buffer, uint64_t bytes, uint64_t offset, struct gr_error *err)
 {
 	while (bytes) {
-		ssize_t n = pwrite(job->out_fd, buffer, bytes, (off_t)offset);
+		ssize_t n = pwrite(job->target->fd, buffer, bytes, (off_t)offset);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -77,25 +97,33 @@ static int read_file(const struct job *job, char *buffer, uint64_t bytes, uint64
 	return 0;
 }
 
-/* List the pieces of memory that make up a chunk; returns their number. */
-static unsigned int chunk_pieces(const struct job *job, uint64_t index, struct iovec *pieces, uint64_t *bytes)
+/* Take the next pieces of memory; returns their number, 0 when nothing is left. */
+static unsigned int take(struct job *job, struct chunk *chunk)
 {
-	struct chunk at = job->chunks[index];
 	uint64_t left = CHUNK_PAGES;
 	unsigned int nr = 0;
 
-	for (; left && at.run < job->nr_runs; at.run++, at.page = 0) {
-		uint64_t pages = job->nr_pages[at.run] - at.page;
+	pthread_mutex_lock(&job->lock);
+	while (left && job->run < job->runs->nr_runs && !__atomic_load_n(&job->stop, __ATOMIC_RELAXED)) {
+		uint64_t floor = job->runs->vaddrs[job->run], pages = job->runs->nr_pages[job->run] - job->page;
+		uint64_t start = floor + job->page * PAGE_BYTES;
 
 		if (pages > left)
 			pages = left;
-		if (!pages)
-			continue;
-		pieces[nr].iov_base = (void *)(job->vaddrs[at.run] + at.page * PAGE_BYTES);
-		pieces[nr++].iov_len = pages * PAGE_BYTES;
+		if (pages)
+			chunk->pieces[nr++] = (struct piece){ floor, start, start + pages * PAGE_BYTES };
 		left -= pages;
+		job->page += pages;
+		if (job->page == job->runs->nr_pages[job->run]) {
+			job->run++;
+			job->page = 0;
+		}
 	}
-	*bytes = (CHUNK_PAGES - left) * PAGE_BYTES;
+	if (nr)
+		chunk->index = job->nr_taken++;
+	pthread_mutex_unlock(&job->lock);
+	chunk->nr_pieces = nr;
+	chunk->bytes = (CHUNK_PAGES - left) * PAGE_BYTES;
 	return nr;
 }
 
@@ -130,70 +158,203 @@ static int read_pieces(const struct job *job, char *buffer, struct iovec *pieces
 	return 0;
 }
 
-static int copy_chunks(struct job *job, char *buffer, struct iovec *pieces, struct gr_error *err)
+static int read_chunk(const struct job *job, struct chunk *chunk, struct gr_error *err)
 {
-	for (;;) {
-		uint64_t index = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-		uint64_t bytes;
-		unsigned int nr;
-		int ret;
+	for (unsigned int i = 0; i < chunk->nr_pieces; i++)
+		chunk->vector[i] = (struct iovec){ (void *)chunk->pieces[i].start,
+						   chunk->pieces[i].end - chunk->pieces[i].start };
+	return read_pieces(job, chunk->buffer, chunk->vector, chunk->nr_pieces, chunk->bytes, err);
+}
 
-		if (index >= job->nr_chunks || __atomic_load_n(&job->stop, __ATOMIC_RELAXED))
+static int is_zero(const char *page)
+{
+	const uint64_t *word = (const uint64_t *)page, *end = (const uint64_t *)(page + PAGE_BYTES);
+
+	for (; word < end; word += 8)
+		if (word[0] | word[1] | word[2] | word[3] | word[4] | word[5] | word[6] | word[7])
 			return 0;
-		if (job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED))
-			return gr_fail(err, ECANCELED, "writing pages");
-		nr = chunk_pieces(job, index, pieces, &bytes);
-		ret = read_pieces(job, buffer, pieces, nr, bytes, err);
-		if (ret == 0)
-			ret = write_all(job, buffer, bytes, job->out_offset + index * CHUNK_BYTES, err);
+	return 1;
+}
+
+/* Whether pages of zeros must be stored: what a private mapping of a file shows there otherwise is the file. */
+static int keeps_zeros(const struct gr_pages_source *source, uint64_t address)
+{
+	uint64_t low = 0, high = source->nr_kept;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (source->kept_ends[middle] <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < source->nr_kept && source->kept_starts[low] <= address;
+}
+
+static void keep(struct chunk *chunk, const struct piece *piece, uint64_t start, uint64_t end, const char *at)
+{
+	if (start == end)
+		return;
+	if (chunk->buffer + chunk->bytes != at)
+		memmove(chunk->buffer + chunk->bytes, at, end - start);
+	chunk->bytes += end - start;
+	chunk->left[chunk->nr_left++] = (struct piece){ piece->floor, start, end };
+}
+
+/* Close up the buffer over pages of zeros, and list what is left. */
+static void drop_zeros(const struct job *job, struct chunk *chunk)
+{
+	const char *at = chunk->buffer;
+
+	chunk->bytes = chunk->nr_left = 0;
+	for (unsigned int i = 0; i < chunk->nr_pieces; i++) {
+		const struct piece *piece = &chunk->pieces[i];
+		int all = keeps_zeros(job->source, piece->floor);
+		uint64_t start = piece->start;
+		const char *from = at;
+
+		for (uint64_t page = start; page < piece->end; page += PAGE_BYTES, at += PAGE_BYTES) {
+			if (all || !is_zero(at))
+				continue;
+			keep(chunk, piece, start, page, from);
+			start = page + PAGE_BYTES;
+			from = at + PAGE_BYTES;
+		}
+		keep(chunk, piece, start, piece->end, from);
+	}
+}
+
+/* With the lock held and everything before in place. */
+static int append(struct job *job, struct chunk *chunk, uint64_t crc, struct gr_error *err)
+{
+	chunk->offset = job->end;
+	for (unsigned int i = 0; i < chunk->nr_left; i++) {
+		const struct piece *left = &chunk->left[i];
+		int ret = gr_page_runs_add(job->stored, left->floor, left->start, left->end, err);
+
 		if (ret < 0)
 			return ret;
-		if (job->done_bytes)
-			__atomic_fetch_add(job->done_bytes, bytes, __ATOMIC_RELAXED);
 	}
+	job->target->crc64 = gr_crc64_combine(job->target->crc64, crc, chunk->bytes);
+	job->end += chunk->bytes;
+	job->nr_placed++;
+	pthread_cond_broadcast(&job->placed_one);
+	return 0;
+}
+
+/* Give the chunk its place behind all that were taken before. Their threads are still reading, or have failed. */
+static int place(struct job *job, struct chunk *chunk, struct gr_error *err)
+{
+	uint64_t crc = gr_crc64(0, chunk->buffer, chunk->bytes);
+	int ret = 0;
+
+	pthread_mutex_lock(&job->lock);
+	while (job->nr_placed != chunk->index && !__atomic_load_n(&job->stop, __ATOMIC_RELAXED))
+		pthread_cond_wait(&job->placed_one, &job->lock);
+	if (job->nr_placed == chunk->index)
+		ret = append(job, chunk, crc, err);
+	else
+		chunk->bytes = 0; /* another thread has failed and says why */
+	pthread_mutex_unlock(&job->lock);
+	return ret;
+}
+
+static int copy_chunks(struct job *job, struct chunk *chunk, uint64_t *bytes, struct gr_error *err)
+{
+	while (take(job, chunk)) {
+		int ret;
+
+		if (job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED))
+			return gr_fail(err, ECANCELED, "writing pages");
+		ret = read_chunk(job, chunk, err);
+		if (ret < 0)
+			return ret;
+		drop_zeros(job, chunk);
+		ret = place(job, chunk, err);
+		if (ret == 0)
+			ret = write_all(job, chunk->buffer, chunk->bytes, chunk->offset, err);
+		if (ret < 0)
+			return ret;
+		*bytes += chunk->bytes;
+		if (job->target->done_bytes)
+			__atomic_fetch_add(job->target->done_bytes, chunk->bytes, __ATOMIC_RELAXED);
+	}
+	return 0;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* Note what this thread did, and after a failure let the others see it. */
+static void leave(struct job *job, const struct gr_worker_times *times, int ret)
+{
+	struct gr_pages_target *target = job->target;
+
+	pthread_mutex_lock(&job->lock);
+	if (target->times && target->nr_times < target->max_times)
+		target->times[target->nr_times++] = *times;
+	if (ret < 0) {
+		__atomic_store_n(&job->stop, 1, __ATOMIC_RELAXED);
+		pthread_cond_broadcast(&job->placed_one);
+	}
+	pthread_mutex_unlock(&job->lock);
 }
 
 static int work(void *opaque, struct gr_error *err)
 {
-	struct iovec *pieces = malloc(CHUNK_PAGES * sizeof(*pieces));
+	struct gr_worker_times times = { .begin_ns = now_ns() };
+	struct chunk *chunk = malloc(sizeof(*chunk));
+	struct iovec *vector = malloc(CHUNK_PAGES * sizeof(*vector));
 	char *buffer = mmap(NULL, CHUNK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	int ret = buffer == MAP_FAILED || !pieces ? gr_fail(err, ENOMEM, "making room for pages") :
-						    copy_chunks(opaque, buffer, pieces, err);
+	int ret;
 
+	if (buffer == MAP_FAILED || !vector || !chunk) {
+		ret = gr_fail(err, ENOMEM, "making room for pages");
+	} else {
+		chunk->buffer = buffer;
+		chunk->vector = vector;
+		ret = copy_chunks(opaque, chunk, &times.bytes, err);
+	}
+	times.end_ns = now_ns();
+	leave(opaque, &times, ret);
 	if (buffer != MAP_FAILED)
 		munmap(buffer, CHUNK_BYTES);
-	free(pieces);
+	free(vector);
+	free(chunk);
 	return ret;
 }
 
-/* Note where every chunk begins, so that threads can take them in any order. */
-static int cut(struct job *job, struct gr_error *err)
+/* How many threads have something to do; refuses sizes that no task has. */
+static int count_threads(const struct gr_runs_view *runs, uint32_t wanted, uint32_t *nr_threads, struct gr_error *err)
 {
-	uint64_t page = 0, index = 0;
+	uint64_t pages = 0, chunks;
 
-	for (uint64_t i = 0; i < job->nr_runs; i++)
-		if (__builtin_add_overflow(job->total_pages, job->nr_pages[i], &job->total_pages) ||
-		    job->total_pages > (1UL << 50))
-			return gr_fail(err, EINVAL, "adding up %lu runs of pages", job->nr_runs);
-	job->nr_chunks = (job->total_pages + CHUNK_PAGES - 1) / CHUNK_PAGES;
-	job->chunks = calloc(job->nr_chunks + 1, sizeof(*job->chunks));
-	if (!job->chunks)
-		return gr_fail(err, ENOMEM, "cutting %lu pages into chunks", job->total_pages);
-	for (uint64_t run = 0; run < job->nr_runs; page += job->nr_pages[run++])
-		for (; index * CHUNK_PAGES < page + job->nr_pages[run]; index++)
-			job->chunks[index] = (struct chunk){ run, index * CHUNK_PAGES - page };
+	for (uint64_t i = 0; i < runs->nr_runs; i++)
+		if (__builtin_add_overflow(pages, runs->nr_pages[i], &pages) || pages > (1UL << 50))
+			return gr_fail(err, EINVAL, "adding up %lu runs of pages", runs->nr_runs);
+	chunks = (pages + CHUNK_PAGES - 1) / CHUNK_PAGES;
+	*nr_threads = chunks < wanted ? (uint32_t)chunks : wanted;
 	return 0;
 }
 
-int gr_pages_out(const struct gr_pages_source *source, const uint64_t *vaddrs, const uint64_t *nr_pages,
-		 uint64_t nr_runs, int out_fd, uint64_t out_offset, uint32_t nr_threads, int *cancel,
-		 uint64_t *done_bytes, struct gr_error *err)
+int gr_pages_out(const struct gr_pages_source *source, const struct gr_runs_view *runs, struct gr_pages_target *target,
+		 int *cancel, struct gr_page_runs *stored, struct gr_error *err)
 {
 	GR_CLOSE int mem_fd = -1;
-	struct job job = { .source = source, .vaddrs = vaddrs, .nr_pages = nr_pages, .nr_runs = nr_runs,
-			   .out_fd = out_fd, .out_offset = out_offset, .cancel = cancel, .done_bytes = done_bytes };
+	struct job job = { .source = source, .runs = runs, .target = target, .stored = stored, .cancel = cancel,
+			   .lock = PTHREAD_MUTEX_INITIALIZER, .placed_one = PTHREAD_COND_INITIALIZER,
+			   .end = target->offset };
+	uint32_t nr_threads = 1;
 	int ret;
 
+	memset(stored, 0, sizeof(*stored));
+	target->crc64 = target->nr_times = 0;
 	if (source->source_fd < 0) {
 		char path[48];
 
@@ -203,10 +364,10 @@ int gr_pages_out(const struct gr_pages_source *source, const uint64_t *vaddrs, c
 			return gr_fail(err, errno, "opening %s", path);
 		job.mem_fd = mem_fd;
 	}
-	ret = cut(&job, err);
+	ret = count_threads(runs, target->nr_threads, &nr_threads, err);
 	if (ret == 0)
-		ret = gr_workers_run(job.nr_chunks < nr_threads ? (uint32_t)job.nr_chunks : nr_threads, work, &job,
-				     &job.stop, err);
-	free(job.chunks);
+		ret = gr_workers_run(nr_threads, work, &job, &job.stop, err);
+	if (ret < 0)
+		gr_page_runs_destroy(stored);
 	return ret;
 }

@@ -76,6 +76,8 @@ async def dump(
     criu_compatible: bool = False,
     jobs: int | None = None,
     compress: str | None = None,
+    direct_io: bool = False,
+    sync: bool = True,
     plugins: PluginSettings | None = None,
     trace: Path | None = None,
     progress: Progress | None = None,
@@ -84,14 +86,18 @@ async def dump(
 
     ``compress`` is ``lz4`` or ``zstd[:LEVEL]``.
     With ``criu_compatible`` memory that tasks share since a fork is stored for each of them, as CRIU needs it.
+    ``direct_io`` writes memory past the page cache; without ``sync`` the images are not waited for to reach the disk.
     Raises a GpurestoreError, and then the tree goes on and the folder is as it was; on cancellation the same.
     """
     _check_request(pid)
+    if direct_io and compress is not None:
+        raise UsageError("--direct-io writes memory as it is: it does not go together with --compress")
     after = _After.RUN if leave_running else _After.STOP if leave_stopped else _After.KILL
     nr_jobs = jobs or memory.default_jobs()
     crew = Crew(Compression.parse(compress), nr_jobs) if compress is not None else None
     async with operation(progress, trace) as (blocking, spans):
-        dumping = _Dump(pid, spans, nr_jobs, shell_job, after, criu_compatible, crew)
+        storage = _Storage(criu_compatible, crew, direct_io, sync)
+        dumping = _Dump(pid, spans, nr_jobs, shell_job, after, storage)
         return await dumping.run(blocking, images_dir, plugins or PluginSettings())
 
 
@@ -126,21 +132,22 @@ class _After(enum.Enum):
     STOP = enum.auto()
 
 
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """In which form images are written, and how they reach the disk."""
+
+    criu_compatible: bool
+    crew: Crew | None
+    direct_io: bool
+    sync: bool
+
+
 class _Dump:
     """One dump under way."""
 
-    def __init__(
-        self,
-        pid: int,
-        spans: Trace,
-        jobs: int,
-        shell_job: bool,
-        after: _After,
-        criu_compatible: bool,
-        crew: Crew | None = None,
-    ) -> None:
+    def __init__(self, pid: int, spans: Trace, jobs: int, shell_job: bool, after: _After, storage: _Storage) -> None:
         self._pid, self._spans, self._jobs, self._shell_job, self._after = pid, spans, jobs, shell_job, after
-        self._criu_compatible, self._crew = criu_compatible, crew
+        self._storage = storage
         self._shares_memory = False
         self._findings: list[Finding] = []
         self._pages_ids = count(1)
@@ -152,9 +159,9 @@ class _Dump:
     async def run(self, blocking: Blocking, images_dir: Path, plugins: PluginSettings) -> DumpResult:
         begin = time.monotonic()
         faults.point("dump.start")
-        with core.Tracer() as tracer, ImageWriter(images_dir) as writer:
+        with core.Tracer() as tracer, ImageWriter(images_dir, direct_io=self._storage.direct_io) as writer:
             writer.root_pid = self._pid
-            writer.crew = self._crew
+            writer.crew = self._storage.crew
             devices = Devices.for_dump(
                 plugins,
                 self._spans,
@@ -255,7 +262,7 @@ class _Dump:
 
     async def _find_pages(self, blocking: Blocking, collected: Collected) -> inherited.Sharing:
         """Which pages must be stored, and which of them are a parent's as well."""
-        sees_frames = not self._criu_compatible and len(collected.mms) > 1 and inherited.can_recognise()
+        sees_frames = not self._storage.criu_compatible and len(collected.mms) > 1 and inherited.can_recognise()
         sharing = inherited.Sharing(collected.mms, collected.parents if sees_frames else {})
         async with self._spans.span("find pages"):
             await blocking.all([partial(sharing.look_at, pid, blocking.cancel) for pid in collected.mms], self._jobs)
@@ -321,7 +328,8 @@ class _Dump:
             await devices.dump_finish(0)
             await self._thaw(blocking, tree, stop=False)
         async with self._spans.span("commit"):
-            manifest = await blocking.run(partial(writer.commit, self._jobs, lambda: blocking.cancel.is_set))
+            commit = partial(writer.commit, self._jobs, lambda: blocking.cancel.is_set, self._storage.sync)
+            manifest = await blocking.run(commit)
         faults.point("dump.committed")
         if self._after is not _After.RUN:
             await devices.dump_finish(0)

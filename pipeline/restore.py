@@ -57,6 +57,7 @@ async def restore(
     jobs: int | None = None,
     shell_job: bool = False,
     verify: bool = True,
+    verify_all: bool = False,
     pidfile: Path | None = None,
     detached: bool = False,
     plugins: PluginSettings | None = None,
@@ -65,7 +66,9 @@ async def restore(
 ) -> RestoreResult:
     """Bring back the tree in ``images_dir``. With ``serial`` the same stages run one at a time.
 
-    ``detached`` says that the caller will not wait for the root task; it makes no difference to the restore itself.
+    ``verify`` checks the images before anything is made; large ones that were left alone since the dump are not read
+    for that unless ``verify_all`` says so (docs/images.md). ``detached`` says that the caller will not wait for the root
+    task; it makes no difference to the restore itself.
     Raises a GpurestoreError, and then nothing is left behind; on cancellation the same.
     """
     begin = time.monotonic()
@@ -78,7 +81,7 @@ async def restore(
                 progress.waiting = walk.waiting
             restoring = _Restore(Stages(blocking, spans, nr_jobs, walk, serial=serial), devices)
             async with devices.session(await blocking.run(load.plugins_of, folder), walk.stage(graph.PLUGINS)):
-                tree = await restoring.prepare(folder, shell_job, verify)
+                tree = await restoring.prepare(folder, shell_job, verify, verify_all)
                 await restoring.execute(tree, pidfile)
     path = critical_stages(spans.spans)
     log.info("critical path: %s", describe(path))
@@ -105,15 +108,15 @@ class _Restore:
         self._run = stages.blocking.run
         self._walk = stages.walk
 
-    async def prepare(self, folder: ImageFolder, shell_job: bool, verify: bool) -> LoadedTree:
+    async def prepare(self, folder: ImageFolder, shell_job: bool, verify: bool, verify_all: bool) -> LoadedTree:
         """Load, verify and check. Nothing is created."""
         faults.point("restore.start")
         self._walk.extend(graph.head(self._devices.facts, verify=verify))
         if verify:
             # Before anything is read: damage is told by the name of the file, not by what it made of the others.
             async with self._walk.stage(graph.VERIFY) as span:
-                await self._run(partial(folder.verify, self._stages.jobs, self._is_cancelled))
-                span.set(bytes=sum(folder.files().values()))
+                check = partial(folder.verify, self._stages.jobs, self._is_cancelled, everything=verify_all)
+                span.set(bytes=await self._run(check))
         async with self._walk.stage(graph.LOAD):
             tree = await self._run(load.load, folder, self._devices)
         faults.point("restore.loaded")

@@ -47,6 +47,16 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--compress", metavar="METHOD", help="compress memory: lz4 or zstd[:LEVEL], level 1 to 19; CRIU cannot read it"
     )
+    parser.add_argument(
+        "--direct-io",
+        action="store_true",
+        help="write memory to the disk past the page cache, which keeps what it holds (and no page of the images)",
+    )
+    parser.add_argument(
+        "--no-sync",
+        action="store_true",
+        help="do not wait until the images have reached the disk: a crash of the machine may still take them",
+    )
     add_plugin_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
@@ -68,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
             criu_compatible=args.criu_compatible,
             jobs=args.jobs,
             compress=args.compress,
+            direct_io=args.direct_io,
+            sync=not args.no_sync,
             trace=args.trace,
             progress=progress,
             plugins=plugin_settings(args),

@@ -44,7 +44,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader was outside of it"
     )
-    parser.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all images to compare their checksums (default: large ones only if they were copied or written to)",
+    )
+    checks.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
     parser.add_argument(
         "--dry-run", action="store_true", help="print plugins, stages and what every task would do, and do nothing"
     )
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             shell_job=args.shell_job,
             verify=not args.no_verify,
+            verify_all=args.verify,
             pidfile=args.pidfile,
             detached=args.restore_detached,
             trace=args.trace,

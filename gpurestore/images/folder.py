@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import manifest as manifests
+from gpurestore.images import stamps
 from gpurestore.images.compression import COMPRESSED_SUFFIXES
 from gpurestore.images.container import check_head, damaged, decode_image, decode_record, decode_records
-from gpurestore.images.hashing import Cancel, hash_files, open_regular
+from gpurestore.images.hashing import Cancel, FileRecord, hash_files, open_regular
 from gpurestore.images.inventory import RUN_ID, check_inventory
 from gpurestore.images.magic import KINDS, PAYLOAD_FILE, parse_file_name
 from gpurestore.images.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
@@ -194,17 +195,31 @@ class ImageFolder:
         finally:
             os.close(fd)
 
-    def verify(self, jobs: int | None = None, cancel: Cancel = lambda: False) -> None:
-        """Check the checksum of every file. Without a manifest there is nothing to check by."""
+    def verify(self, jobs: int | None = None, cancel: Cancel = lambda: False, *, everything: bool = False) -> int:
+        """Check the checksum of every file; returns the bytes read. Without a manifest there is nothing to check by.
+
+        Large files that nobody wrote to since the dump are left out unless ``everything`` is asked for.
+        """
         if self.manifest is None:
-            return
-        expected = self.manifest.files
+            return 0
+        expected = self.manifest.files if everything else self._changed()
+        summed = {name for name, record in expected.items() if record.crc64_nvme}
         with self._named():
-            found = hash_files(self._dir_fd, {name: r.bytes for name, r in expected.items()}, jobs, cancel)
-        bad = [name for name, record in expected.items() if found[name].xxh3_128 != record.xxh3_128]
+            found = hash_files(self._dir_fd, {name: r.bytes for name, r in expected.items()}, jobs, cancel, summed)
+        bad = [name for name, record in expected.items() if found[name].checksum != record.checksum]
         if bad:
             more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
             raise ImageError(f"{self.path}/{bad[0]}: damaged: its checksum is not the one in {MANIFEST_NAME}{more}")
+        return sum(record.bytes for record in expected.values())
+
+    def _changed(self) -> dict[str, FileRecord]:
+        """The files that were not left alone since the dump, as far as that is known."""
+        assert self.manifest is not None
+        files = dict(self.manifest.files)
+        if not self.manifest.machine_id or self.manifest.machine_id != stamps.this_machine():
+            return files
+        states = {name: os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False) for name in files}
+        return {name: record for name, record in files.items() if not stamps.is_unchanged(record, states[name])}
 
 
 def _read_exactly(fd: int, offset: int, size: int, name: str) -> bytes:

@@ -1,7 +1,10 @@
 """Checksums of image files, computed by several threads at once. xxhash and reads both let go of the GIL.
 
-A file's checksum is the xxh3_128 of its bytes if it has at most CHUNK_BYTES, else the xxh3_128 of the digests (16 bytes
-each, big endian as xxhash prints them) of its chunks in order: so one huge file keeps all threads busy too.
+A file's xxh3_128 is that of its bytes if it has at most CHUNK_BYTES, else the xxh3_128 of the digests (16 bytes each,
+big endian as xxhash prints them) of its chunks in order: so one huge file keeps all threads busy too.
+
+Pages images have a CRC-64/NVME instead, which the threads that write them compute as they go (cext/gr_crc64.h): that of
+a whole follows from those of its parts, whatever these are.
 """
 
 from __future__ import annotations
@@ -11,27 +14,50 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import xxhash
 
-from gpurestore.errors import CancelledError, ImageError
+from gpurestore.core import check, ffi, lib, new_error
+from gpurestore.errors import CancelledError, CoreError, ImageError
 
 CHUNK_BYTES = 64 << 20
 # Small enough to stay in a core's cache between being read and being hashed.
 _READ_BYTES = 256 << 10
 # Below this, starting threads costs more than it saves.
 _INLINE_BYTES = 8 << 20
+# What C reads and sums before anybody asks whether to go on: some milliseconds.
+_CRC_BYTES = 16 << 20
 
 Cancel = Callable[[], bool]
 
 
+class Stamp(NamedTuple):
+    """By what a file is known that nobody has written to since (see gpurestore/images/stamps.py)."""
+
+    device: int
+    inode: int
+    changed_ns: int  # ctime, nanoseconds since 1970
+
+
 class FileRecord(NamedTuple):
-    """What the manifest knows of a file."""
+    """What the manifest knows of a file. It has one of the two checksums, in hexadecimal."""
 
     bytes: int
-    xxh3_128: str
+    xxh3_128: str = ""
+    crc64_nvme: str = ""
+    stamp: Stamp | None = None
+
+    @property
+    def checksum(self) -> str:
+        """The checksum, whichever it is."""
+        return self.xxh3_128 or self.crc64_nvme
+
+    @classmethod
+    def of_pages(cls, size: int, crc64: int) -> FileRecord:
+        """The record of a pages image."""
+        return cls(size, crc64_nvme=f"{crc64:016x}")
 
 
 def default_jobs() -> int:
@@ -96,10 +122,32 @@ def _hash_chunk(fd: int, name: str, start: int, size: int, cancel: Cancel) -> by
     return digest.digest()
 
 
+def _sum_chunk(fd: int, name: str, start: int, size: int, cancel: Cancel) -> bytes:
+    err, crc = new_error(), ffi.new("uint64_t *")
+    end = start + size
+    for at in range(start, end, _CRC_BYTES):
+        if cancel():
+            raise CancelledError(f"interrupted while {name} was read")
+        try:
+            check(lib.gr_crc64_file(fd, at, min(_CRC_BYTES, end - at), crc, err), err)
+        except CoreError as error:
+            if error.errno == errno.ENODATA:
+                raise ImageError(f"{name}: truncated: it ends before byte {end}") from error
+            raise ImageError(f"{name}: cannot be read at byte {at}: {os.strerror(error.errno)}") from error
+    return int(crc[0]).to_bytes(8, "big")
+
+
 def hash_files(
-    dir_fd: int, sizes: Mapping[str, int], jobs: int | None = None, cancel: Cancel = lambda: False
+    dir_fd: int,
+    sizes: Mapping[str, int],
+    jobs: int | None = None,
+    cancel: Cancel = lambda: False,
+    summed: Collection[str] = (),
 ) -> dict[str, FileRecord]:
-    """Hash the named files, which have the given sizes. Raises ImageError for one that is shorter or longer."""
+    """Hash the named files, which have the given sizes; those in ``summed`` get a CRC-64 instead of an XXH3.
+
+    Raises ImageError for a file that is shorter or longer.
+    """
     fds: dict[str, int] = {}
     digests: dict[tuple[str, int], bytes] = {}
     try:
@@ -114,7 +162,8 @@ def hash_files(
         def piece(name: str, start: int) -> Callable[[], None]:
             def run() -> None:
                 length = min(CHUNK_BYTES, sizes[name] - start)
-                digests[name, start] = _hash_chunk(fds[name], name, start, length, cancel)
+                digest = _sum_chunk if name in summed else _hash_chunk
+                digests[name, start] = digest(fds[name], name, start, length, cancel)
 
             return run
 
@@ -123,11 +172,22 @@ def hash_files(
     finally:
         for fd in fds.values():
             os.close(fd)
-    return {name: FileRecord(size, _combine(name, size, digests)) for name, size in sizes.items()}
+    records = {}
+    for name, size in sizes.items():
+        combine = _combine_sums if name in summed else _combine
+        records[name] = combine(size, [digests[name, start] for start in range(0, size, CHUNK_BYTES)])
+    return records
 
 
-def _combine(name: str, size: int, digests: Mapping[tuple[str, int], bytes]) -> str:
-    parts = [digests[name, start] for start in range(0, size, CHUNK_BYTES)]
+def _combine(size: int, parts: Sequence[bytes]) -> FileRecord:
     if len(parts) == 1:
-        return parts[0].hex()
-    return str(xxhash.xxh3_128_hexdigest(b"".join(parts)))
+        return FileRecord(size, parts[0].hex())
+    return FileRecord(size, xxhash.xxh3_128_hexdigest(b"".join(parts)))
+
+
+def _combine_sums(size: int, parts: Sequence[bytes]) -> FileRecord:
+    crc = 0
+    for index, part in enumerate(parts):
+        length = min(CHUNK_BYTES, size - index * CHUNK_BYTES)
+        crc = int(lib.gr_crc64_combine(crc, int.from_bytes(part, "big"), length))
+    return FileRecord.of_pages(size, crc)

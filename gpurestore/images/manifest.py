@@ -1,7 +1,8 @@
 """``gpurestore.json``: who made a dump, where, with what, and the size and checksum of every file in it.
 
-Format 1 is one JSON object. A reader takes unknown members as absent, so adding one needs no new format; a change that
-an old reader would get wrong does. ``seal`` is a checksum of all the rest, so that damage to the manifest shows too.
+It is one JSON object. A reader takes unknown members as absent, so adding one needs no new format; a change that an old
+reader would get wrong does. ``seal`` is a checksum of all the rest, so that damage to the manifest shows too. Format 2
+has CRC-64 checksums and stamps of pages images; format 1 has neither.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import xxhash
 
 from gpurestore.errors import ImageError
-from gpurestore.images.hashing import CHUNK_BYTES, FileRecord
+from gpurestore.images.hashing import CHUNK_BYTES, FileRecord, Stamp
 
 MANIFEST_NAME = "gpurestore.json"
-FORMAT = 1
+FORMAT = 2
 # A manifest is small: about 100 bytes per file. More than this is not one.
 MAX_MANIFEST_BYTES = 64 << 20
 
@@ -45,6 +46,7 @@ class Manifest(NamedTuple):
     cpu: Mapping[str, Any]
     plugins: tuple[PluginRecord, ...]
     extension: Mapping[str, Any]
+    machine_id: str = ""  # of the machine on which stamps of files count (gpurestore/images/stamps.py)
 
     @property
     def total_bytes(self) -> int:
@@ -96,14 +98,23 @@ def encode(manifest: Manifest) -> bytes:
         "cpu": dict(manifest.cpu),
         "plugins": [{"name": plugin.name, "version": plugin.version} for plugin in manifest.plugins],
         "chunk_bytes": CHUNK_BYTES,
-        "files": {
-            name: {"bytes": record.bytes, "xxh3_128": record.xxh3_128}
-            for name, record in sorted(manifest.files.items())
-        },
+        "machine_id": manifest.machine_id,
+        "files": {name: _encode_file(record) for name, record in sorted(manifest.files.items())},
         "extension": dict(manifest.extension),
     }
     document["seal"] = _seal(document)
     return json.dumps(document, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def _encode_file(record: FileRecord) -> dict[str, Any]:
+    value: dict[str, Any] = {"bytes": record.bytes}
+    if record.xxh3_128:
+        value["xxh3_128"] = record.xxh3_128
+    else:
+        value["crc64_nvme"] = record.crc64_nvme
+    if record.stamp is not None:
+        value["stamp"] = record.stamp._asdict()
+    return value
 
 
 def _bad(why: str) -> NoReturn:
@@ -133,7 +144,7 @@ def decode(data: bytes) -> Manifest:
     if not sealed:
         _bad("its seal does not fit its content")
     if _get(document, "chunk_bytes", int) != CHUNK_BYTES:
-        _bad("chunk_bytes is not that of format 1")
+        _bad("chunk_bytes is not that of any format")
     return Manifest(
         tool_version=_get(document, "tool_version", str),
         created=_get(document, "created", str),
@@ -142,6 +153,7 @@ def decode(data: bytes) -> Manifest:
         machine=_get(document, "machine", str),
         root_pid=_get(document, "root_pid", int),
         files=_files(_get(document, "files", dict)),
+        machine_id=_get(document, "machine_id", str) if document["format"] > 1 else "",
         cpu=_get(document, "cpu", dict),
         plugins=_plugins(_get(document, "plugins", list)),
         extension=_get(document, "extension", dict),
@@ -172,11 +184,21 @@ def _files(document: Mapping[str, Any]) -> dict[str, FileRecord]:
     for name, value in document.items():
         if not is_plain_name(name) or name == MANIFEST_NAME or not isinstance(value, dict):
             _bad(f"{name[:64]!r} is no name of an image")
-        checksum = _get(value, "xxh3_128", str)
-        if len(checksum) != 32 or not _HEX_DIGITS.issuperset(checksum):
-            _bad(f"checksum of {name}")
-        files[name] = FileRecord(_get(value, "bytes", int), checksum)
+        files[name] = _file(name, value)
     return files
+
+
+def _file(name: str, value: Mapping[str, Any]) -> FileRecord:
+    key, digits = ("crc64_nvme", 16) if "crc64_nvme" in value and "xxh3_128" not in value else ("xxh3_128", 32)
+    checksum = _get(value, key, str)
+    if len(checksum) != digits or not _HEX_DIGITS.issuperset(checksum):
+        _bad(f"checksum of {name}")
+    stamp = None
+    if "stamp" in value:
+        numbers = _get(value, "stamp", dict)
+        stamp = Stamp(_get(numbers, "device", int), _get(numbers, "inode", int), _get(numbers, "changed_ns", int))
+    size = _get(value, "bytes", int)
+    return FileRecord(size, checksum, stamp=stamp) if digits == 32 else FileRecord(size, "", checksum, stamp)
 
 
 def _plugins(values: Sequence[Any]) -> tuple[PluginRecord, ...]:

@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 
 from gpurestore.errors import GpurestoreError, UsageError
 from gpurestore.images import manifest as manifests
+from gpurestore.images import stamps
 from gpurestore.images.compression import Crew
 from gpurestore.images.container import Bytes, encode_image
 from gpurestore.images.hashing import Cancel, FileRecord, default_jobs, hash_files, run_in_threads
@@ -44,15 +45,20 @@ class ImageWriter:
     secrets: files are made for their owner alone, the folder too unless it existed.
     """
 
-    def __init__(self, final_dir: Path) -> None:
-        """Raises UsageError when the folder is not empty, is a mount point, or has no parent."""
+    def __init__(self, final_dir: Path, *, direct_io: bool = False) -> None:
+        """Raises UsageError when the folder is not empty, is a mount point, or has no parent.
+
+        With ``direct_io`` pages images bypass the page cache; UsageError where the file system cannot do that.
+        """
         self.final_dir = Path(os.path.realpath(final_dir))
         self.root_pid = 0
         self.cpu: dict[str, Any] = {}
         self.plugins: list[PluginRecord] = []
         self.extension: dict[str, Any] = {}
         self.crew: Crew | None = None  # who compresses pages; None: they are stored as they are
+        self._direct_io = direct_io
         self._fds: dict[str, int] = {}
+        self._sums: dict[str, FileRecord] = {}
         self._parent_fd, self._wanted = _open_parent(self.final_dir)
         try:
             _remove_stale(self._parent_fd)
@@ -62,6 +68,8 @@ class ImageWriter:
             raise
         self.path = self.final_dir.parent / self._temp_name
         self._open = True
+        if direct_io:
+            self._check_direct_io()
 
     def _make_temp(self) -> tuple[str, int]:
         while True:
@@ -76,6 +84,17 @@ class ImageWriter:
             if fd is not None:
                 return name, fd
             # Another tool saw the folder before it was locked and took it for a dead one's.
+
+    def _check_direct_io(self) -> None:
+        name = "direct-io"
+        try:
+            os.close(os.open(name, _NEW_FILE | os.O_DIRECT, 0o600, dir_fd=self._dir_fd))
+            os.unlink(name, dir_fd=self._dir_fd)
+        except OSError as error:
+            self.abort()
+            raise UsageError(
+                f"{self.final_dir}: the file system does not take direct I/O ({error.strerror}); leave out --direct-io"
+            ) from error
 
     def __enter__(self) -> ImageWriter:
         return self
@@ -110,11 +129,22 @@ class ImageWriter:
         return fd
 
     def open_raw(self, name: str) -> int:
-        """Create an empty file (pages-N.img) and return its descriptor, which stays the writer's."""
+        """Create an empty file and return its descriptor, which stays the writer's."""
+        return self._create(name, _NEW_FILE)
+
+    def open_pages(self, name: str) -> int:
+        """The same for a pages image: whole pages, written from page-aligned memory at page-aligned offsets."""
+        return self._create(name, _NEW_FILE | (os.O_DIRECT if self._direct_io else 0))
+
+    def summed(self, name: str, size: int, crc64: int) -> None:
+        """Say what a pages image consists of (see gpurestore/images/hashing.py): commit does not read it again."""
+        self._sums[name] = FileRecord.of_pages(size, crc64)
+
+    def _create(self, name: str, flags: int) -> int:
         if not manifests.is_plain_name(name) or name == MANIFEST_NAME:
             raise ValueError(f"{name!r} is no name for an image")
         try:
-            fd = os.open(name, _NEW_FILE, 0o600, dir_fd=self._dir_fd)
+            fd = os.open(name, flags, 0o600, dir_fd=self._dir_fd)
         except FileExistsError as error:
             raise ValueError(f"{name} is written twice") from error
         except OSError as error:
@@ -167,7 +197,8 @@ class ImageWriter:
         """Sync and hash everything, write ``gpurestore.json``, and rename. On return the dump is there to stay.
 
         ``cancel`` is polled while files are hashed; once the rename is due it is not asked any more.
-        Hashing runs beside syncing, which on a disk takes longer.
+        Hashing runs beside syncing, which on a disk takes longer. Without ``sync`` a crash of the machine soon
+        afterwards may take the dump.
         """
         assert self._open
         name = "the images"
@@ -193,16 +224,24 @@ class ImageWriter:
 
     def _settle(self, jobs: int | None, cancel: Cancel, sync: bool) -> dict[str, FileRecord]:
         sizes = {name: os.fstat(fd).st_size for name, fd in self._fds.items()}
-        records: dict[str, FileRecord] = {}
+        for name, record in self._sums.items():
+            if sizes[name] != record.bytes:
+                raise GpurestoreError(
+                    f"{self.final_dir}: {name} has {sizes[name]} bytes, and {record.bytes} were written"
+                )
+        records = dict(self._sums)
 
         def hash_all() -> None:
-            records.update(hash_files(self._dir_fd, sizes, jobs or default_jobs(), cancel))
+            unread = {name: size for name, size in sizes.items() if name not in self._sums}
+            records.update(hash_files(self._dir_fd, unread, jobs or default_jobs(), cancel))
 
         def sync_all() -> None:
             largest_first = sorted(self._fds, key=lambda name: -sizes[name])
             run_in_threads([partial(os.fsync, self._fds[name]) for name in largest_first], _SYNC_THREADS)
 
         run_in_threads([sync_all, hash_all] if sync else [hash_all], 2)
+        for name, stamp in stamps.take(self._fds).items():
+            records[name] = records[name]._replace(stamp=stamp)
         return dict(sorted(records.items()))
 
     def _describe(self, files: dict[str, FileRecord]) -> Manifest:
@@ -217,6 +256,7 @@ class ImageWriter:
             machine=system.machine,
             root_pid=self.root_pid,
             files=files,
+            machine_id=stamps.this_machine(),
             cpu=self.cpu,
             plugins=tuple(self.plugins),
             extension=self.extension,

@@ -145,8 +145,7 @@ def _dump_through_tasks(
         if cancel and cancel.is_set:
             raise CancelledError("cancelled: reading shared memory")
         runs = _resident(tasks[view.pid], view)
-        pages.add_from_task(view.pid, runs)
-        for address, nr_pages in runs:
+        for address, nr_pages in pages.add_from_task(view.pid, runs):
             stored.vaddrs.append(address - view.address + view.offset)
             stored.nr_pages.append(nr_pages)
     pages.finish("pagemap-shmem", item.shmid, stored)

@@ -11,7 +11,7 @@ from support.image_samples import refusal
 
 from gpurestore.errors import ImageError
 from gpurestore.images import manifest as manifests
-from gpurestore.images.hashing import FileRecord
+from gpurestore.images.hashing import FileRecord, Stamp
 from gpurestore.images.manifest import Manifest, PluginRecord, decode, encode
 
 SAMPLE = Manifest(
@@ -21,7 +21,11 @@ SAMPLE = Manifest(
     kernel="6.18.0",
     machine="x86_64",
     root_pid=12,
-    files={"core-12.img": FileRecord(99, "0123456789abcdef" * 2), "pages-1.img": FileRecord(8192, "f" * 32)},
+    files={
+        "core-12.img": FileRecord(99, "0123456789abcdef" * 2),
+        "pages-1.img": FileRecord(8192, "", "f" * 16, Stamp(7, 8, 9)),
+    },
+    machine_id="0123456789abcdef",
     cpu={"vendor": "x"},
     plugins=(PluginRecord("cuda", "1"),),
     extension={"threads": {"12": [1, 2]}},
@@ -33,7 +37,11 @@ JSON = st.recursive(
     max_leaves=8,
 )
 NAMES = st.text(st.characters(codec="ascii", exclude_characters="/", min_codepoint=33), min_size=1, max_size=20)
-RECORDS = st.builds(FileRecord, st.integers(0, 2**63), st.binary(min_size=16, max_size=16).map(bytes.hex))
+SIZES = st.integers(0, 2**63)
+STAMPS = st.none() | st.builds(Stamp, SIZES, SIZES, SIZES)
+RECORDS = st.builds(FileRecord, SIZES, st.binary(min_size=16, max_size=16).map(bytes.hex), stamp=STAMPS) | st.builds(
+    FileRecord.of_pages, SIZES, st.integers(0, 2**64 - 1)
+)
 MANIFESTS = st.builds(
     Manifest,
     tool_version=st.text(),
@@ -101,8 +109,15 @@ def test_a_member_that_we_do_not_know_is_ignored():
 
 
 def test_a_newer_format_says_which_version_reads_it():
-    with pytest.raises(ImageError, match=r"format 2 is newer than 1.*restore with version 9\.1 or later"):
-        decode(_changed(format=2, tool_version="9.1"))
+    with pytest.raises(ImageError, match=r"format 3 is newer than 2.*restore with version 9\.1 or later"):
+        decode(_changed(format=3, tool_version="9.1"))
+
+
+def test_format_1_which_has_no_sums_of_pages_is_still_read():
+    document = json.loads(_changed(format=1, files={"a.img": {"bytes": 1, "xxh3_128": "0" * 32}}))
+    del document["machine_id"]
+    document["seal"] = manifests._seal(document)
+    assert decode(json.dumps(document).encode()).files == {"a.img": FileRecord(1, "0" * 32)}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +138,10 @@ def test_a_newer_format_says_which_version_reads_it():
         {"files": {"a": {"bytes": -1, "xxh3_128": "0" * 32}}},
         {"files": {"a": {"bytes": 1, "xxh3_128": "0" * 31}}},
         {"files": {"a": {"bytes": 1, "xxh3_128": "X" * 32}}},
+        {"files": {"a": {"bytes": 1, "crc64_nvme": "0" * 32}}},
+        {"files": {"a": {"bytes": 1, "crc64_nvme": "0" * 16, "stamp": 1}}},
+        {"files": {"a": {"bytes": 1, "crc64_nvme": "0" * 16, "stamp": {"device": 1, "inode": 2}}}},
+        {"machine_id": None},
         *({"files": {name: {"bytes": 1, "xxh3_128": "0" * 32}}} for name in ("", ".", "..", "a/b", "/a", "a\0b", "\n")),
         {"files": {"gpurestore.json": {"bytes": 1, "xxh3_128": "0" * 32}}},
     ],

@@ -25,7 +25,7 @@ from support.memory_child import (
 )
 
 from gpurestore.core import Cancel
-from gpurestore.errors import CancelledError, CoreError, GpurestoreError
+from gpurestore.errors import CancelledError, CoreError, GpurestoreError, UsageError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.pagemap import read_pagemap
@@ -201,6 +201,73 @@ def test_every_byte_arrives_from_memory_of_every_protection(folder: Path, jobs: 
     assert pages == b"".join(map(pattern, expected))
 
 
+@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("direct_io", [False, True], ids=["cached", "direct"])
+def test_pages_of_zeros_are_not_stored_in_whatever_order_threads_find_them(
+    folder: Path, jobs: int, direct_io: bool
+) -> None:
+    nr_pages = 3000
+    zeros = {page for page in range(nr_pages) if page % 3 == 0 or 100 < page < 900 or page > 2900}
+
+    def prepare() -> list[int]:
+        start = map_memory(nr_pages * PAGE)
+        for page in range(nr_pages):
+            fill(start + page * PAGE)
+            if page in zeros:
+                ctypes.memset(start + page * PAGE, 0, PAGE)
+        ctypes.memset(start + 200 * PAGE - 1, 7, 1)  # a single byte, the last of a page
+        return [start]
+
+    with MemoryChild(prepare) as child:
+        try:
+            writer = ImageWriter(folder / "images", direct_io=direct_io)
+        except UsageError as error:
+            pytest.skip(str(error))
+        with writer:
+            (start,) = child.values
+            mm = address_space(area(start, nr_pages * PAGE))
+            stored = memory.dump(writer, child.pid, mm, 7, jobs=jobs)
+            commit_images(writer)
+    expected = [start + page * PAGE for page in range(nr_pages) if page not in zeros or page == 199]
+    assert [a + i * PAGE for a, n in stored for i in range(n)] == expected
+    content = b"".join(pattern(page) if page != start + 199 * PAGE else bytes(PAGE - 1) + b"\7" for page in expected)
+    assert (folder / "images" / "pages-7.img").read_bytes() == content
+    with ImageFolder(folder / "images") as images:
+        assert images.verify(everything=True) > len(content)
+        assert list(read_pagemap(images, "pagemap", child.pid).vaddrs) == list(stored.vaddrs)
+
+
+def test_zeros_over_a_file_are_stored(folder: Path) -> None:
+    file = folder / "file"
+    file.write_bytes(b"x" * PAGE * 8)
+
+    def prepare() -> list[int]:
+        start = map_memory(8 * PAGE, PROT_RW, MAP_PRIVATE, os.open(file, os.O_RDONLY))
+        ctypes.memset(start + 2 * PAGE, 0, 3 * PAGE)
+        return [start]
+
+    with MemoryChild(prepare) as child, ImageWriter(folder / "images") as writer:
+        (start,) = child.values
+        mm = address_space(area(start, 8 * PAGE, vmaflags.FILE_PRIVATE))
+        assert list(memory.dump(writer, child.pid, mm, 1)) == [(start + 2 * PAGE, 3)]
+
+
+def test_threads_say_what_they_wrote_and_when(folder: Path) -> None:
+    def prepare() -> list[int]:
+        start = map_memory(1000 * PAGE)
+        fill(start, 1000)
+        return [start]
+
+    with MemoryChild(prepare) as child, ImageWriter(folder / "images") as writer:
+        pages = memory.PagesFile(writer, 1, 3, None, None)
+        began = time.monotonic_ns()
+        pages.add_from_task(child.pid, memory.scan(child.pid, [area(child.values[0], 1000 * PAGE)], memory.STORED))
+        assert len(pages.workers) == 3
+        assert sum(worker.bytes for worker in pages.workers) == pages.size == 1000 * PAGE
+        for worker in pages.workers:
+            assert began <= worker.begin_ns <= worker.end_ns <= time.monotonic_ns()
+
+
 def test_a_full_disk_is_reported_as_such(folder: Path) -> None:
     def prepare() -> list[int]:
         start = map_memory(64 * PAGE)
@@ -242,6 +309,7 @@ def test_an_object_is_stored_without_its_holes_and_its_last_page_whole(folder: P
     os.ftruncate(fd, size)
     os.pwrite(fd, b"a" * PAGE, 3 * PAGE)
     os.pwrite(fd, b"z" * 100, 20 * PAGE)
+    os.pwrite(fd, bytes(PAGE), 5 * PAGE)
     with ImageWriter(folder / "images") as writer:
         assert memory.save_object(writer, 5, fd, size, 2) == 2 * PAGE
         commit_images(writer)
@@ -251,6 +319,6 @@ def test_an_object_is_stored_without_its_holes_and_its_last_page_whole(folder: P
         assert list(read_pagemap(images, "pagemap-shmem", 5).vaddrs) == [3 * PAGE, 20 * PAGE]
         memory.fill_file(images, 5, copy, size)
     assert os.pread(copy, size, 0) == os.pread(fd, size, 0)
-    assert os.fstat(copy).st_blocks == os.fstat(fd).st_blocks
+    assert os.fstat(copy).st_blocks == os.fstat(fd).st_blocks - PAGE // 512
     os.close(fd)
     os.close(copy)

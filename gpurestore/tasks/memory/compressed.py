@@ -44,13 +44,15 @@ class CompressedPagesFile:
         self._write(self._index.head, 0)
         self.size = 0
 
-    def add_from_task(self, pid: int, runs: PageRuns) -> None:
-        """Append pages of a frozen task."""
+    def add_from_task(self, pid: int, runs: PageRuns, kept: Sequence[tuple[int, int]] = ()) -> PageRuns:
+        """Append pages of a frozen task; all are stored, zeros too, which take no room."""
         self._add(pid, -1, runs)
+        return runs
 
-    def add_from_file(self, fd: int, runs: PageRuns) -> None:
+    def add_from_file(self, fd: int, runs: PageRuns) -> PageRuns:
         """Append pages of an object, at the offsets that ``runs`` give."""
         self._add(0, fd, runs)
+        return runs
 
     def _add(self, pid: int, fd: int, runs: PageRuns) -> None:
         stream = _Stream(pid, fd, runs, self._compression.chunk_bytes)

@@ -6,9 +6,9 @@ import errno
 import os
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from gpurestore.core import Cancel, check, ffi, lib, new_error
+from gpurestore.core import Cancel, ffi, lib
 from gpurestore.errors import CoreError
 from gpurestore.images import pb
 from gpurestore.images.magic import pages_file_name
@@ -57,14 +57,24 @@ def dump(
 ) -> PageRuns:
     """Write ``pagemap-PID.img`` and ``pages-PAGES_ID.img`` of a frozen task; returns what its pagemap holds.
 
+    Pages of anonymous memory that are all zero are not stored: that is what a new mapping shows anyway.
     ``runs``: the pages to write, where they are not those that :func:`select` finds.
     """
     if runs is None:
         runs = select(pid, mm, cancel)
     pages = pages_file(writer, pages_id, jobs, cancel, progress)
-    pages.add_from_task(pid, runs)
-    pages.finish("pagemap", pid, runs)
-    return runs
+    stored = pages.add_from_task(pid, runs, zeros_matter(mm))
+    pages.finish("pagemap", pid, stored)
+    return stored
+
+
+def zeros_matter(mm: pb.mm_entry) -> list[tuple[int, int]]:
+    """Where a page that is not stored is no page of zeros after a restore: all but anonymous private memory."""
+    return [(vma.start, vma.end) for vma in mm.vmas if not vmaflags.is_guard(vma) and not _starts_as_zeros(vma)]
+
+
+def _starts_as_zeros(vma: pb.vma_entry) -> bool:
+    return vmaflags.is_private(vma) and bool(vma.status & vmaflags.ANON_PRIVATE)
 
 
 def save_object(
@@ -78,7 +88,7 @@ def save_object(
     cancel: Cancel | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write an object of shared memory that lies behind ``fd``, without its holes; returns the bytes stored.
+    """Write an object of shared memory that lies behind ``fd``, without holes and zeros; returns the bytes stored.
 
     An object without any bytes has no images, as with CRIU.
     """
@@ -86,8 +96,7 @@ def save_object(
         return 0
     runs = file_extents(fd, size)
     pages = pages_file(writer, pages_id, jobs, cancel, progress)
-    pages.add_from_file(fd, runs)
-    pages.finish("pagemap-shmem", ident, runs)
+    pages.finish("pagemap-shmem", ident, pages.add_from_file(fd, runs))
     return pages.size
 
 
@@ -121,8 +130,19 @@ def pages_file(
     return PagesFile(writer, pages_id, jobs, cancel, progress)
 
 
+class WorkerTimes(NamedTuple):
+    """What one thread wrote, and when, by the monotonic clock."""
+
+    begin_ns: int
+    end_ns: int
+    bytes: int
+
+
 class PagesFile:
-    """A pages image in the making: runs are written one behind the other, each by several threads."""
+    """A pages image in the making: runs are written one behind the other, each by several threads.
+
+    It is summed on its way, so that nobody has to read it again.
+    """
 
     def __init__(
         self, writer: ImageWriter, pages_id: int, jobs: int | None, cancel: Cancel | None, progress: Progress | None
@@ -130,37 +150,49 @@ class PagesFile:
         self._writer, self._pages_id, self._jobs = writer, pages_id, jobs or default_jobs()
         self._cancel, self._progress = cancel, progress
         self._name = pages_file_name(pages_id)
-        self._fd = writer.open_raw(self._name)
+        self._fd = writer.open_pages(self._name)
+        self._crc64 = 0
         self.size = 0
+        self.workers: list[WorkerTimes] = []
 
-    def add_from_task(self, pid: int, runs: PageRuns) -> None:
-        """Append pages of a frozen task."""
-        self._add(pid, -1, runs)
+    def add_from_task(self, pid: int, runs: PageRuns, kept: Sequence[tuple[int, int]] = ()) -> PageRuns:
+        """Append pages of a frozen task; returns those that were stored, without pages of zeros.
 
-    def add_from_file(self, fd: int, runs: PageRuns) -> None:
-        """Append pages of an object, at the offsets that ``runs`` give."""
-        self._add(0, fd, runs)
+        In the ranges ``kept`` (start and end, ascending) these are stored as well.
+        """
+        return self._add(pid, -1, runs, kept)
 
-    def _add(self, pid: int, fd: int, runs: PageRuns) -> None:
-        err = new_error()
-        source = ffi.new("struct gr_pages_source *", {"pid": pid, "source_fd": fd})
-        flag = self._cancel.flag if self._cancel else ffi.NULL
+    def add_from_file(self, fd: int, runs: PageRuns) -> PageRuns:
+        """Append pages of an object, at the offsets that ``runs`` give; returns those that were stored."""
+        return self._add(0, fd, runs, ())
+
+    def _add(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]]) -> PageRuns:
+        starts = u64(array("Q", [start for start, _ in kept]))
+        ends = u64(array("Q", [end for _, end in kept]))
+        times = ffi.new("struct gr_worker_times[]", self._jobs)
         done = self._progress.counter if self._progress else ffi.NULL
-        runs_args = u64(runs.vaddrs), u64(runs.nr_pages), len(runs)
-        result = lib.gr_pages_out(source, *runs_args, self._fd, self.size, self._jobs, flag, done, err)
+        source = ffi.new("struct gr_pages_source *", (pid, fd, starts, ends, len(kept)))
+        target = ffi.new("struct gr_pages_target *", (self._fd, self.size, self._jobs, 0, done, times, self._jobs, 0))
+        flag = self._cancel.flag if self._cancel else ffi.NULL
+        view, _keep = runs.view()
         try:
-            check(result, err)
+            stored = PageRuns.made_by(lambda out, err: lib.gr_pages_out(source, view, target, flag, out, err))
         except CoreError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 cause = OSError(error.errno, os.strerror(error.errno))
                 raise self._writer.disk_error(cause, self._name, runs.total_bytes) from error
             raise
-        self.size += runs.total_bytes
+        written = stored.total_bytes
+        self._crc64 = int(lib.gr_crc64_combine(self._crc64, target.crc64, written))
+        self.size += written
+        self.workers += [WorkerTimes(t.begin_ns, t.end_ns, t.bytes) for t in times[0 : target.nr_times]]
+        return stored
 
-    def finish(self, kind: str, ident: int, runs: PageRuns) -> None:
-        """Write the pagemap that says where the pages belong. ``runs`` are all that were added, in that order."""
-        flags = array("I", [PRESENT]) * len(runs)
-        write_pagemap(self._writer, kind, ident, self._pages_id, runs.vaddrs, runs.nr_pages, flags)
+    def finish(self, kind: str, ident: int, stored: PageRuns) -> None:
+        """Write the pagemap that says where the pages belong: all that were stored, in that order."""
+        self._writer.summed(self._name, self.size, self._crc64)
+        flags = array("I", [PRESENT]) * len(stored)
+        write_pagemap(self._writer, kind, ident, self._pages_id, stored.vaddrs, stored.nr_pages, flags)
 
 
 AnyPagesFile: TypeAlias = PagesFile | CompressedPagesFile
