@@ -67,8 +67,8 @@ async def restore(
     """Bring back the tree in ``images_dir``. With ``serial`` the same stages run one at a time.
 
     ``verify`` checks the images before anything is made; large ones that were left alone since the dump are not read
-    for that unless ``verify_all`` says so (docs/images.md). ``detached`` says that the caller will not wait for the root
-    task; it makes no difference to the restore itself.
+    for that unless ``verify_all`` says so (docs/images.md). ``detached`` says that the caller will not wait for the
+    root task; it makes no difference to the restore itself.
     Raises a GpurestoreError, and then nothing is left behind; on cancellation the same.
     """
     begin = time.monotonic()

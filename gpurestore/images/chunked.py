@@ -3,7 +3,7 @@
     head     skippable frame 0: u8[8] magic, u32 algorithm, u32 bytes of the largest chunk
     frames   one per chunk, in the order of the pages
     index    skippable frame 1: per chunk u32 bytes of the frame, u32 bytes of the chunk, u64 XXH3-64 of the frame
-    end      skippable frame 2: u64 offset of the index, u64 number of chunks, u64 XXH3-64 of head and entries, u8[8] magic
+    end      skippable frame 2: u64 offset of the index, u64 number of chunks, XXH3-64 of head and entries, u8[8] magic
 
 Little endian. A skippable frame is u32 0x184D2A50 + its number, u32 size, and that many bytes; the standards of both
 algorithms have readers skip it, so ``zstd -d`` or ``lz4 -d`` of the whole file give ``pages-N.img`` back.

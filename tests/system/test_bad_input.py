@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import json
 import os
 import random
@@ -377,7 +376,7 @@ def test_another_machine_and_missing_files_and_taken_pids_are_told_in_one_error(
     manifest = folder / "images" / "gpurestore.json"
     facts = decode(manifest.read_bytes())
     cpu = {**facts.cpu, "features": [*facts.cpu["features"], "avx4096"]}
-    manifest.write_bytes(encode(dataclasses.replace(facts, cpu=cpu)))
+    manifest.write_bytes(encode(facts._replace(cpu=cpu)))
     (victim.folder / "append.txt").rename(victim.folder / "elsewhere")
     expect_refusal(tool.restore(folder / "images"), 1, "avx4096", "append.txt", str(victim.pid))
     (victim.folder / "elsewhere").rename(victim.folder / "append.txt")

@@ -76,7 +76,7 @@ def exit_code_of(argv: list[str]) -> int:
 
 
 def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
-    method = ["--compress", "zstd:3", "--criu-compatible"]
+    method = ["--compress", "zstd:3", "--criu-compatible", "--direct-io", "--no-sync"]
     plugins = ["-L", "lib", "--plugin-option", "a.b=c", "--plugin-option", "a.d", "--hook-timeout", "2.5"]
     assert (
         main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json", *method, *plugins]) == 0
@@ -90,6 +90,8 @@ def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
         "criu_compatible": True,
         "jobs": 3,
         "compress": "zstd:3",
+        "direct_io": True,
+        "sync": False,
         "trace": Path("t.json"),
         "progress": None,
         "plugins": PluginSettings(Path("lib"), ("a.b=c", "a.d"), 2.5),

@@ -39,9 +39,14 @@ JSON = st.recursive(
 NAMES = st.text(st.characters(codec="ascii", exclude_characters="/", min_codepoint=33), min_size=1, max_size=20)
 SIZES = st.integers(0, 2**63)
 STAMPS = st.none() | st.builds(Stamp, SIZES, SIZES, SIZES)
-RECORDS = st.builds(FileRecord, SIZES, st.binary(min_size=16, max_size=16).map(bytes.hex), stamp=STAMPS) | st.builds(
-    FileRecord.of_pages, SIZES, st.integers(0, 2**64 - 1)
+HASHED = st.builds(
+    lambda size, digest, stamp: FileRecord(size, digest.hex(), "", stamp),
+    SIZES,
+    st.binary(min_size=16, max_size=16),
+    STAMPS,
 )
+SUMMED = st.builds(lambda size, crc, stamp: FileRecord.of_pages(size, crc)._replace(stamp=stamp), SIZES, SIZES, STAMPS)
+RECORDS = HASHED | SUMMED
 MANIFESTS = st.builds(
     Manifest,
     tool_version=st.text(),
