@@ -92,6 +92,7 @@ def measure(bench: Bench, name: str) -> Outcome:
         outcome.failed = f"{type(error).__name__}: {error}"
     finally:
         processes.end_all_below()
+        bench.clear()
     result = outcome.failed or outcome.skipped or "done"
     say(f"{name}: {result} ({time.monotonic() - began:.0f} s)")
     return outcome

@@ -71,7 +71,7 @@ class Programs(Compiler):
         """The program made of one C file."""
         if source.stem not in self.done:
             target = self.folder / source.stem
-            command = ["gcc", "-std=gnu11", *CFLAGS, "-O2", "-I", SOURCES, "-o", target, source]
+            command: list[str | Path] = ["gcc", "-std=gnu11", *CFLAGS, "-O2", "-I", SOURCES, "-o", target, source]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 raise Broken(f"{source.name} does not compile: {result.stderr}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +13,8 @@ from suite import Bench, Contender, Line, Outcome, remove, sum_of_pss
 from support import processes
 from support.victims import Victim
 from tools import Criu, Run
+
+_NUMBERS = itertools.count(1)
 
 
 class Subject:
@@ -29,11 +31,13 @@ class Subject:
         with_criu: bool = True,
     ) -> None:
         self.bench, self.outcome = bench, outcome
-        self.folder = (where or bench.folder) / f"{outcome.case}-{victim}-{len(os.listdir(where or bench.folder))}"
+        self.folder = (where or bench.folder) / f"{victim}-{next(_NUMBERS)}"
         self.folder.mkdir()
         self.images, self.criu_images = self.folder / "images", self.folder / "criu"
         self.victim = Victim.start(bench.programs.program(victim), self.folder / "victim", *map(str, arguments))
         self.pss_bytes = sum_of_pss(self.victim.pids)
+        self.what = " ".join((victim, *map(str, arguments)))
+        self.pss_after: list[int] = []
         self.criu = bench.criu if with_criu else None
         keep = ("-R",) if self.criu else ()
         self.dumped = bench.gpurestore.dump(self.victim.pid, self.images, *keep, *dump_options)
@@ -56,6 +60,7 @@ class Subject:
         self.warm_up()
         run = self.bench.gpurestore.restore(self.images, *options)
         line.add_run(run)
+        self.pss_after.append(sum_of_pss(self.victim.pids))
         self.verify()
         return run
 
@@ -71,6 +76,12 @@ class Subject:
             self.criu = None
             return
         self.verify()
+
+    def want_no_growth(self, limit_percent: float) -> None:
+        """Demand that the tree uses as much memory after our restores as it did before."""
+        change = max(abs(after - self.pss_bytes) for after in self.pss_after) / self.pss_bytes
+        what = f"{self.what}: change of the memory in use (sum of PSS)"
+        self.outcome.want_below(what, limit_percent, 100 * change, "%")
 
     def warm_up(self) -> None:
         """Touch as much memory as a restore needs, with some room for page tables and the tool."""

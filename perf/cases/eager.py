@@ -19,6 +19,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
         contenders = tree.contenders(what, [(), ("--no-verify",)])
         contenders += bench.copy_floors(outcome, what, pages_files(tree.images), PRIVATE_WAYS)
         bench.in_turns(contenders)
+        tree.want_no_growth(2)
     ours = outcome.line(what, "ours", "gpurestore")
     trusting = outcome.line(what, "ours", "gpurestore --no-verify")
     assert ours.nr_bytes >= mib * MIB

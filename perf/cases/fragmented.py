@@ -19,6 +19,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
         contenders = tree.contenders(what, [(), ("--no-verify",)])
         contenders += bench.copy_floors(outcome, what, pages_files(tree.images), SMALL_WAYS)
         bench.in_turns(contenders)
+        tree.want_no_growth(2)
     for name in ("gpurestore", "gpurestore --no-verify"):
         outcome.want_faster(outcome.line(what, "ours", name), outcome.best(what, "criu", "command"), 3)
     outcome.notes.append(

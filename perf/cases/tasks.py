@@ -19,4 +19,5 @@ def run(bench: Bench, outcome: Outcome) -> None:
         contenders = tree.contenders(what)
         contenders += bench.copy_floors(outcome, what, pages_files(tree.images), PRIVATE_WAYS)
         bench.in_turns(contenders)
+        tree.want_no_growth(5)
     outcome.want_faster(outcome.line(what, "ours", "gpurestore"), outcome.best(what, "criu", "command"), 1)
