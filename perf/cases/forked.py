@@ -19,23 +19,26 @@ def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
     probe(bench, outcome)
     mib = bench.size(512, 2048)
-    what = f"restore of {mib} MiB"
+    what, lonely = (
+        f"restore of {mib} MiB shared with {NR_WORKERS} forked workers",
+        f"restore of {mib} MiB without workers",
+    )
     with (
         subject(bench, outcome, "forked", 0, mib, with_criu=False) as alone,
         subject(bench, outcome, "forked", NR_WORKERS, mib) as tree,
     ):
-        alone_line = outcome.line(what, "ours", "gpurestore, the parent alone", alone.nr_bytes)
-        shared_line = outcome.line(what, "ours", f"gpurestore, with {NR_WORKERS} workers", tree.nr_bytes)
+        alone_line = outcome.line(lonely, "ours", "gpurestore", alone.nr_bytes)
+        shared_line = outcome.line(what, "ours", "gpurestore", tree.nr_bytes)
         contenders: list[Contender] = [partial(alone.restore, alone_line), partial(tree.restore, shared_line)]
         if tree.criu:
-            criu_line = outcome.line(what, "criu", f"CRIU, with {NR_WORKERS} workers", tree.nr_bytes)
+            criu_line = outcome.line(what, "criu", "CRIU", tree.nr_bytes)
             contenders.append(partial(tree.restore_by_criu, criu_line))
         contenders += bench.copy_floors(outcome, what, pages_files(tree.images), PRIVATE_WAYS)
         bench.in_turns(contenders)
         tree.want_no_growth(5)
         before, after = tree.pss_bytes, tree.pss_after[-1]
     ratio = shared_line.median("command") / alone_line.median("command")
-    outcome.want_below(f"{what}: with {NR_WORKERS} workers against the parent alone", 1.2, ratio, "x")
+    outcome.want_below(f"{what}, against the same without workers", 1.2, ratio, "x")
     outcome.notes.append(f"Sum of PSS: {before / MIB:.1f} MiB before the dump, {after / MIB:.1f} MiB after a restore.")
 
 
