@@ -32,8 +32,8 @@ NUMBERS: Final = {LZ4: 1, ZSTD: 2}
 _PACKAGES = {LZ4: "lz4.block", ZSTD: "zstandard"}
 _LEVELS = {LZ4: (0, 0), ZSTD: (1, 19)}
 _DEFAULT_LEVELS = {LZ4: 0, ZSTD: 1}
-# From here on Zstandard searches so thoroughly that a large chunk takes longer than a cancellation may.
-_SLOW_LEVEL = 10
+# A chunk is what a cancellation waits for: the more thoroughly Zstandard searches, the smaller. Largest level, bytes.
+_CHUNK_BYTES: Final = ((9, 512 << 10), (15, 256 << 10), (19, 128 << 10))
 
 # An LZ4 frame (doc/lz4_Frame_format.md): magic, version 1 with independent blocks of at most 4 MiB, checksum of these
 # two bytes; u32 size of a block, the block; u32 0. The highest bit of a size says that the block is stored as it is.
@@ -80,7 +80,7 @@ class Compression(NamedTuple):
     @property
     def chunk_bytes(self) -> int:
         """How much is compressed at once: docs/performance.md has the measurements."""
-        return (256 if self.level >= _SLOW_LEVEL else 512) << 10
+        return next(size for level, size in _CHUNK_BYTES if self.level <= level)
 
     @property
     def worker_bytes(self) -> int:

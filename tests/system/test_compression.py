@@ -14,9 +14,9 @@ pytestmark = pytest.mark.usefixtures("rights")
 
 
 @pytest.mark.parametrize("method", ["lz4", "zstd:3"])
-@pytest.mark.parametrize("name", ["memory", "shared", "held", "cow"])
+@pytest.mark.parametrize("name", ["memory", "shared", "held", "heirs"])
 def test_all_kinds_of_memory_come_back(tool: Tool, victims: Victims, folder: Path, name: str, method: str) -> None:
-    """Private memory of every protection, shared memory of several tasks, memfds, a fork's pages."""
+    """Private memory of every protection, shared memory of several tasks, memfds, memory that fork shares."""
     victim = victims.start(name)
     dump(tool, victim, folder / "images", f"--compress={method}")
     names = {path.name for path in (folder / "images").iterdir() if path.name.startswith("pages-")}
