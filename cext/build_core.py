@@ -42,6 +42,8 @@ INTERNAL_UNITS = (
     "gr_inject",
     "gr_spawn",
     "gr_workers",
+    "gr_pump_queue",
+    "gr_pump_fill",
     "gr_plugin_crash",
     "gr_plugin_symbols",
 )

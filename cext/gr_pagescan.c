@@ -30,6 +30,7 @@ struct pm_scan_arg {
 #define IS_PRESENT (1UL << 3)
 #define IS_SWAPPED (1UL << 4)
 #define IS_PFNZERO (1UL << 5)
+#define IS_HUGE (1UL << 6)
 #define IS_GUARD (1UL << 8)
 
 /* Documentation/admin-guide/mm/pagemap.rst */
@@ -66,6 +67,9 @@ static void set_categories(struct pm_scan_arg *arg, int what, int with_guards)
 
 	if (what == GR_SCAN_GUARD) {
 		arg->category_mask = IS_GUARD;
+	} else if (what == GR_SCAN_HUGE) {
+		arg->category_inverted = IS_PFNZERO;
+		arg->category_mask = IS_HUGE | IS_PFNZERO;
 	} else {
 		arg->category_inverted = unwanted;
 		arg->category_mask = unwanted;
@@ -117,6 +121,8 @@ static int is_wanted(const struct scan *scan, uint64_t entry)
 {
 	if (scan->what == GR_SCAN_GUARD)
 		return (entry & PM_GUARD) != 0;
+	if (scan->what == GR_SCAN_HUGE)
+		return 0;
 	if (!(entry & (PM_PRESENT | PM_SWAP)) || (entry & (PM_FILE | PM_GUARD)))
 		return 0;
 	return !(entry & PM_PRESENT) || !scan->zero_pfn || (entry & PM_PFN) != scan->zero_pfn;

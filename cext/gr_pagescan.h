@@ -7,9 +7,10 @@
 
 /*
  * What to look for. STORED: pages whose content only the task holds - present or swapped, not backed by a file, not
- * the shared zero page, not a guard. GUARD: pages that madvise(MADV_GUARD_INSTALL) made inaccessible.
+ * the shared zero page, not a guard. GUARD: pages that madvise(MADV_GUARD_INSTALL) made inaccessible. HUGE: parts of a
+ * transparent huge page that is mapped as one; without the ioctl none are found.
  */
-enum gr_scan_what { GR_SCAN_STORED, GR_SCAN_GUARD };
+enum gr_scan_what { GR_SCAN_STORED, GR_SCAN_GUARD, GR_SCAN_HUGE };
 
 /* AUTO: the PAGEMAP_SCAN ioctl (Linux 6.7), else /proc/PID/pagemap. The others force one of the two, for tests. */
 enum gr_scan_how { GR_SCAN_AUTO, GR_SCAN_IOCTL, GR_SCAN_READ };

@@ -18,6 +18,7 @@ class NR(IntEnum):
     BRK = 12
     RT_SIGACTION = 13
     RT_SIGPROCMASK = 14
+    IOCTL = 16
     SCHED_YIELD = 24
     MREMAP = 25
     MINCORE = 27

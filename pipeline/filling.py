@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import logging
 from functools import partial
 
 import trio
 
 from gpurestore import core
-from gpurestore.batch import Call
-from gpurestore.errors import CoreError, GpurestoreError
+from gpurestore.batch import Call, CallResult
+from gpurestore.errors import CallFailedError, CoreError, GpurestoreError
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
 from gpurestore.pipeline.plan import RestorePlan
 from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import WORKER_TRACK, Span
 from gpurestore.syscalls import NR
 from gpurestore.tasks import memory, shmem
+from gpurestore.tasks.memory import PagesSource, Worker, hugepages
+
+log = logging.getLogger("gpurestore.restore")
 
 # clone(2): what makes a thread
 THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000
@@ -28,28 +30,28 @@ class PagesFiles:
 
     def __init__(self, tree: LoadedTree) -> None:
         self._tree = tree
-        self._fds: dict[int, int] = {}
+        self._sources: dict[int, PagesSource] = {}
 
-    def __enter__(self) -> dict[int, int]:
-        keep_from = self._tree.files.keep_from
+    def __enter__(self) -> dict[int, PagesSource]:
         try:
             for pid, task in self._tree.tasks.items():
                 if task.pages.total_bytes:
-                    with memory.open_pages(self._tree.folder, task.pages) as pages:
-                        self._fds[pid] = fcntl.fcntl(pages.fileno(), fcntl.F_DUPFD_CLOEXEC, keep_from)
+                    source = memory.open_pages(self._tree.folder, task.pages, self._tree.ways.reading)
+                    self._sources[pid] = source
+                    source.move_above(self._tree.files.keep_from)
         except BaseException:
             self.close()
             raise
-        return self._fds
+        return self._sources
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close them here."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
 
 
 class Filling:
@@ -63,12 +65,15 @@ class Filling:
         planned: RestorePlan,
         region: core.Region,
         tracer: core.Tracer,
-        pages: dict[int, int],
+        pages: dict[int, PagesSource],
     ) -> None:
         self._stages, self._pid_max, self._tree, self._plan = stages, pid_max, tree, planned
         self._region, self._tracer, self._pages = region, tracer, pages
         self._run = stages.blocking.run
         self._cancel = stages.blocking.cancel
+        if any(source.direct_fd >= 0 for source in pages.values()) and stages.jobs > 1:
+            # Most of them only wait for the disk.
+            stages.memory_workers.total_tokens = max(stages.jobs, memory.COLD_WORKERS)
 
     async def task(self, loaded: LoadedTask, span: Span) -> None:
         """Bring a task's memory in, by threads of the task itself: its own, and workers where those are too few."""
@@ -79,18 +84,54 @@ class Filling:
             span.set(bytes=pages.total_bytes)
             return
         workers = await self._run(self._make_workers, loaded)
-        servers = [(tid, self._plan.slots[tid]) for tid in loaded.tids] + workers
-        nr = max(1, min(self._stages.jobs, pages.nr_chunks, len(servers)))
+        fillers = await self._run(self._make_fillers, loaded, workers)
         async with trio.open_nursery() as nursery:
-            for number, (tid, slot) in enumerate(servers[:nr], 1):
-                nursery.start_soon(self._pump, loaded, slot, tid, number, span)
+            for number, filler in enumerate(fillers, 1):
+                nursery.start_soon(self._pump, loaded, filler, number, span)
+        await self._run(self._end_fillers, loaded, fillers)
         await self._run(self._end_workers, workers)
-        span.set(bytes=pages.total_bytes)
+        counts = pages.counts
+        span.set(bytes=pages.total_bytes, huge_bytes=counts.moved_bytes, direct_bytes=counts.direct_bytes)
 
-    async def _pump(self, loaded: LoadedTask, slot: int, tid: int, number: int, memory_span: Span) -> None:
+    async def _pump(self, loaded: LoadedTask, filler: Worker, number: int, memory_span: Span) -> None:
         track = f"{memory_span.track}{WORKER_TRACK}{number}"
         async with self._stages.memory_workers, self._stages.spans.span("pump", track=track, part_of=memory_span):
-            await self._run(loaded.pages.run, self._region, slot, tid, self._pages[loaded.pid], self._cancel)
+            await self._run(loaded.pages.run, self._region, filler, self._pages[loaded.pid], self._cancel)
+
+    # ---- the threads of a task that fill it
+
+    def _make_fillers(self, loaded: LoadedTask, workers: list[tuple[int, int]]) -> list[Worker]:
+        """The threads that take part, with what they need for huge pages if the kernel has that."""
+        nr = self._plan.nr_fillers[loaded.pid]
+        servers = [*((tid, self._plan.slots[tid]) for tid in loaded.tids), *workers][:nr]
+        uffd = self._open_uffd(loaded, nr) if loaded.pages.huge else -1
+        first = self._plan.huge_staging
+        return [
+            Worker(tid, slot, uffd, first + number * hugepages.STAGING_BYTES)
+            for number, (tid, slot) in enumerate(servers)
+        ]
+
+    def _open_uffd(self, loaded: LoadedTask, nr_fillers: int) -> int:
+        """The task's userfaultfd for moving pages; -1, and nothing changed, where that is not to be had."""
+        try:
+            uffd = self._call(loaded, hugepages.plan_open())[0].result
+        except CallFailedError as error:
+            log.info("no huge pages: %s", error)
+            return -1
+        try:
+            self._call(loaded, hugepages.plan_begin(uffd, loaded.pages.huge, self._plan.huge_staging, nr_fillers))
+        except CallFailedError as error:
+            log.info("no huge pages: %s", error)
+            self._call(loaded, hugepages.plan_end(uffd, self._plan.huge_staging, nr_fillers))
+            return -1
+        return uffd
+
+    def _end_fillers(self, loaded: LoadedTask, fillers: list[Worker]) -> None:
+        if fillers[0].uffd >= 0:
+            self._call(loaded, hugepages.plan_end(fillers[0].uffd, self._plan.huge_staging, len(fillers)))
+
+    def _call(self, loaded: LoadedTask, calls: list[Call]) -> list[CallResult]:
+        return self._region.run(self._plan.slots[loaded.pid], loaded.pid, calls, self._cancel)
 
     async def _decompress_all(self, pid: int, chunks: memory.CompressedPages, span: Span) -> None:
         """The same for compressed pages, by threads of this process."""
@@ -101,7 +142,7 @@ class Filling:
     async def _decompress(self, pid: int, chunks: memory.CompressedPages, number: int, memory_span: Span) -> None:
         track = f"{memory_span.track}{WORKER_TRACK}{number}"
         async with self._stages.memory_workers, self._stages.spans.span("decompress", track=track, part_of=memory_span):
-            await self._run(chunks.run, pid, 0, self._pages[pid], self._cancel)
+            await self._run(chunks.run, pid, 0, self._pages[pid].fd, self._cancel)
 
     def _make_workers(self, loaded: LoadedTask) -> list[tuple[int, int]]:
         """Extra threads, with ids that nobody will need."""
@@ -140,6 +181,7 @@ class Filling:
             self._tree.folder,
             self._tree.shared,
             self._plan.staging,
+            reading=self._tree.ways.reading,
             jobs=self._stages.jobs,
             cancel=self._cancel,
         )

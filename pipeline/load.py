@@ -16,7 +16,7 @@ from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
 from gpurestore.tasks.facts import load as load_facts
 from gpurestore.tasks.inherited import Inherited
-from gpurestore.tasks.memory import PagePlan
+from gpurestore.tasks.memory import PagePlan, Ways, hugepages
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 from gpurestore.tasks.shmem import SharedObject
@@ -62,6 +62,7 @@ class LoadedTree:
     shared: dict[int, PagePlan]
     files: StagedFiles
     facts: dict[int, ProcessFacts] = field(default_factory=dict)
+    ways: Ways = memory.DEFAULT_WAYS
 
     @property
     def root_pid(self) -> int:
@@ -91,10 +92,10 @@ def plugins_of(folder: ImageFolder) -> tuple[str, ...]:
     return tuple(folder.inventory.plugins_entry.plugins)
 
 
-def load(folder: ImageFolder, openers: Openers | None = None) -> LoadedTree:
+def load(folder: ImageFolder, openers: Openers | None = None, ways: Ways = memory.DEFAULT_WAYS) -> LoadedTree:
     """Read every image of a tree. Raises ImageError when one is missing, damaged, or contradicts another.
 
-    ``openers`` gives back the files that device plugins claimed.
+    ``openers`` gives back the files that device plugins claimed, ``ways`` says how memory shall come in.
     """
     entries = pstree.checked(folder.read("pstree"))
     extension = folder.manifest.extension if folder.manifest is not None else {}
@@ -105,7 +106,7 @@ def load(folder: ImageFolder, openers: Openers | None = None) -> LoadedTree:
     for entry in entries:
         if leaders[entry.pid].tc.task_state not in pstree.DEAD:
             own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
-            tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own)
+            tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own, ways)
     mms = {pid: task.mm for pid, task in tasks.items()}
     for pid, found in inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms).items():
         tasks[pid].inherited = found
@@ -116,9 +117,10 @@ def load(folder: ImageFolder, openers: Openers | None = None) -> LoadedTree:
         leaders,
         tasks,
         objects,
-        shmem.plan(folder, objects),
+        shmem.plan(folder, objects, ways),
         StagedFiles(folder, openers=openers),
         facts,
+        ways,
     )
 
 
@@ -134,12 +136,13 @@ def _load_task(
     leader: pb.core_entry,
     facts: Mapping[int, ProcessFacts],
     mm_facts: Mapping[str, Any],
+    ways: Ways,
 ) -> LoadedTask:
     pid = int(entry.pid)
     space = folder.read_one("mm", pid)
     mm.validate(space, f"{folder.path}/mm-{pid}.img")
     threads = {tid: leader if tid == pid else folder.read_one("core", tid) for tid in entry.threads or [pid]}
-    pages = memory.plan_pages(folder, pid, space)
+    pages = memory.plan_pages(folder, pid, space, huge=hugepages.blocks(ways.hugepages, mm_facts))
     own_facts = facts.get(pid, ProcessFacts())
     return LoadedTask(entry, threads, own_facts, space, mm_facts, folder.read_one("fs", pid), pages)
 

@@ -24,7 +24,7 @@ from gpurestore.pipeline.plan import RestorePlan, TaskPlan
 from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import Span
 from gpurestore.syscalls import NR
-from gpurestore.tasks import shmem
+from gpurestore.tasks import memory, shmem
 from gpurestore.tasks.pstree import Birth, Run
 from gpurestore.tasks.restorer import Restorer
 
@@ -41,7 +41,7 @@ class Making:
         planned: RestorePlan,
         region: core.Region,
         tracer: core.Tracer,
-        pages: dict[int, int],
+        pages: dict[int, memory.PagesSource],
     ) -> None:
         self._stages, self._devices = stages, devices
         self._tree, self._plan = tree, planned

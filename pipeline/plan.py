@@ -13,12 +13,16 @@ from gpurestore import core
 from gpurestore.batch import Call
 from gpurestore.core import ThreadState
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
-from gpurestore.tasks import cores, fs, maps, mm, pstree, shmem, vdso
+from gpurestore.tasks import cores, fs, maps, memory, mm, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
-from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.maps import HUGE_PAGE_BYTES
+from gpurestore.tasks.memory import hugepages
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
+
+_LARGE_BYTES = 64 << 20
+_MIN_COLD_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -38,14 +42,20 @@ class TaskPlan:
 
 @dataclass(slots=True)
 class RestorePlan:
-    """The whole plan. Slots are numbered over all tasks; ``workers`` gives each task its spare ones."""
+    """The whole plan. Slots are numbered over all tasks; ``workers`` gives each task its spare ones.
+
+    ``nr_fillers`` threads of a task fill its memory: its own, then spare ones. ``huge_staging`` is where each task may
+    map room for its workers' huge pages (:mod:`gpurestore.tasks.memory.hugepages`).
+    """
 
     region: int
     hole_bytes: int
     nr_slots: int
     slots: dict[int, int]
     workers: dict[int, list[int]]
+    nr_fillers: dict[int, int]
     staging: dict[int, int]
+    huge_staging: int
     tree: TreePlan
     births: Births
     tasks: dict[int, TaskPlan] = field(default_factory=dict)
@@ -65,20 +75,42 @@ def place(tree: LoadedTree, jobs: int) -> RestorePlan:
         for tid in task.tids:
             slots.setdefault(tid, len(slots))
     nr_slots = len(slots)
+    total_bytes = sum(task.pages.total_bytes for task in tree.tasks.values())
+    nr_fillers = {pid: _nr_fillers(task.pages, jobs, total_bytes) for pid, task in tree.tasks.items()}
     workers = {}
     for pid, task in tree.tasks.items():
-        nr_workers = max(0, min(jobs, task.pages.nr_chunks) - len(task.tids))
+        nr_workers = max(0, nr_fillers[pid] - len(task.tids))
         workers[pid] = list(range(nr_slots, nr_slots + nr_workers))
         nr_slots += nr_workers
     region_bytes = core.Region.size_for(nr_slots)
     _, staging_end = shmem.staging_layout(tree.objects, region_bytes)
-    hole_bytes = -(-staging_end // PAGE_BYTES) * PAGE_BYTES + maps.HUGE_PAGE_BYTES
+    huge_offset = -(-staging_end // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    # A multiple of the size of a huge page, so that the hole's start is one of theirs too.
+    hole_bytes = huge_offset + max(nr_fillers.values(), default=0) * hugepages.STAGING_BYTES + HUGE_PAGE_BYTES
     taken = maps.own_ranges()
     for task in tree.tasks.values():
         taken += mm.fixed_ranges(task.mm)
     region = maps.find_hole(taken, hole_bytes)
     staging, _ = shmem.staging_layout(tree.objects, region + region_bytes)
-    return RestorePlan(region, hole_bytes, nr_slots, slots, workers, staging, births, tree.schedule())
+    huge_staging = region + huge_offset
+    return RestorePlan(
+        region, hole_bytes, nr_slots, slots, workers, nr_fillers, staging, huge_staging, births, tree.schedule()
+    )
+
+
+def _nr_fillers(pages: memory.PagePlan, jobs: int, total_bytes: int) -> int:
+    """How many threads of a task fill its memory, where all tasks together have ``total_bytes``.
+
+    Work cannot go over to another task, so a large task may use all workers. To a small one that is one of many an
+    extra thread costs more than it gives.
+    """
+    if not pages.total_bytes or pages.compressed is not None:
+        return 0
+    if pages.cold_bytes >= _MIN_COLD_BYTES and jobs > 1:
+        jobs = max(jobs, memory.COLD_WORKERS)
+    if pages.total_bytes < _LARGE_BYTES:
+        jobs = -(-jobs * pages.total_bytes // total_bytes)
+    return min(jobs, pages.nr_chunks)
 
 
 def fill(plan: RestorePlan, tree: LoadedTree, restorer: Restorer) -> None:

@@ -30,6 +30,7 @@ from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import summarize
 from gpurestore.pipeline.walk import Walk
 from gpurestore.tasks import memory, shmem
+from gpurestore.tasks.memory import HugePages, Reading, Ways
 from gpurestore.tasks.restorer import Restorer
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ async def restore(
     verify_all: bool = False,
     pidfile: Path | None = None,
     detached: bool = False,
+    hugepages: str = HugePages.AUTO,
+    reading: str = Reading.AUTO,
     plugins: PluginSettings | None = None,
     trace: Path | None = None,
     progress: Progress | None = None,
@@ -67,11 +70,13 @@ async def restore(
     """Bring back the tree in ``images_dir``. With ``serial`` the same stages run one at a time.
 
     ``verify`` checks the images before anything is made; large ones that were left alone since the dump are not read
-    for that unless ``verify_all`` says so (docs/images.md). ``detached`` says that the caller will not wait for the
-    root task; it makes no difference to the restore itself.
+    for that unless ``verify_all`` says so (docs/images.md). ``hugepages`` is auto, keep or never, ``reading`` is auto,
+    cached or direct (docs/architecture.md). ``detached`` says that the caller will not wait for the root task; it makes
+    no difference to the restore itself.
     Raises a GpurestoreError, and then nothing is left behind; on cancellation the same.
     """
     begin = time.monotonic()
+    ways = Ways(HugePages(hugepages), Reading(reading))
     async with operation(progress, trace) as (blocking, spans):
         with ImageFolder(images_dir) as folder:
             nr_jobs = jobs or memory.default_jobs()
@@ -81,7 +86,7 @@ async def restore(
                 progress.waiting = walk.waiting
             restoring = _Restore(Stages(blocking, spans, nr_jobs, walk, serial=serial), devices)
             async with devices.session(await blocking.run(load.plugins_of, folder), walk.stage(graph.PLUGINS)):
-                tree = await restoring.prepare(folder, shell_job, verify, verify_all)
+                tree = await restoring.prepare(folder, shell_job, verify, verify_all, ways)
                 await restoring.execute(tree, pidfile)
     path = critical_stages(spans.spans)
     log.info("critical path: %s", describe(path))
@@ -108,7 +113,9 @@ class _Restore:
         self._run = stages.blocking.run
         self._walk = stages.walk
 
-    async def prepare(self, folder: ImageFolder, shell_job: bool, verify: bool, verify_all: bool) -> LoadedTree:
+    async def prepare(
+        self, folder: ImageFolder, shell_job: bool, verify: bool, verify_all: bool, ways: Ways
+    ) -> LoadedTree:
         """Load, verify and check. Nothing is created."""
         faults.point("restore.start")
         self._walk.extend(graph.head(self._devices.facts, verify=verify))
@@ -118,7 +125,7 @@ class _Restore:
                 check = partial(folder.verify, self._stages.jobs, self._is_cancelled, everything=verify_all)
                 span.set(bytes=await self._run(check))
         async with self._walk.stage(graph.LOAD):
-            tree = await self._run(load.load, folder, self._devices)
+            tree = await self._run(load.load, folder, self._devices, ways)
         faults.point("restore.loaded")
         async with self._walk.stage(graph.CHECK):
             self._restorer = await self._run(Restorer.here)

@@ -51,6 +51,7 @@ def add_parser(commands: Commands) -> None:
         help="read all images to compare their checksums (default: large ones only if they were copied or written to)",
     )
     checks.add_argument("--no-verify", action="store_true", help="trust the images: leave out their checksums")
+    _add_memory_options(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print plugins, stages and what every task would do, and do nothing"
     )
@@ -67,6 +68,28 @@ def add_parser(commands: Commands) -> None:
     add_plugin_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
+
+
+def _add_memory_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hugepages",
+        choices=["auto", "keep", "never"],
+        default="auto",
+        help="which 2 MiB blocks of memory become huge pages: those that were densely populated (the default), only"
+        " those that were huge at the dump, or none",
+    )
+    reading = parser.add_mutually_exclusive_group()
+    reading.add_argument(
+        "--direct-io",
+        dest="reading",
+        action="store_const",
+        const="direct",
+        default="auto",
+        help="read pages past the page cache, even what is in it (default: what is not in it)",
+    )
+    reading.add_argument(
+        "--cached", dest="reading", action="store_const", const="cached", help="read pages through the page cache only"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
             verify_all=args.verify,
             pidfile=args.pidfile,
             detached=args.restore_detached,
+            hugepages=args.hugepages,
+            reading=args.reading,
             trace=args.trace,
             progress=progress,
             plugins=plugin_settings(args),

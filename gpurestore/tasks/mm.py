@@ -126,13 +126,16 @@ def collect(task: Task, files: Files, findings: list[Finding]) -> pb.mm_entry:
 
 
 def collect_extension(task: Task) -> dict[str, Any]:
-    """What CRIU's format has no field for: mappings locked on fault, and names given to anonymous memory."""
+    """What CRIU's format has no field for: names given to anonymous memory, mappings locked on fault, huge pages."""
     names = {}
     for vma in task.vmas:
         if vma.path.startswith(_NAMED) and not vma.shared:
             names[f"{vma.start:x}"] = vma.path.removeprefix(_NAMED).removesuffix("]")
     on_fault = [f"{vma.start:x}" for vma in task.vmas if "lf" in vma.flags]
-    return {key: value for key, value in (("names", names), ("lock_on_fault", on_fault)) if value}
+    with_huge = [pb.vma_entry(start=vma.start, end=vma.end) for vma in task.vmas if vma.huge_bytes]
+    huge = memory.hugepages.describe(memory.scan(task.pid, with_huge, memory.HUGE)) if with_huge else []
+    found = (("names", names), ("lock_on_fault", on_fault), ("huge", huge))
+    return {key: value for key, value in found if value}
 
 
 def _stat_addresses(pid: int) -> dict[str, int]:

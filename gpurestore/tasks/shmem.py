@@ -21,7 +21,17 @@ from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import mappings, maps, memory, vmaflags
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES, PAGE_BYTES
-from gpurestore.tasks.memory import AnyPagesFile, PagePlan, PageRuns, Progress, pages_file
+from gpurestore.tasks.memory import (
+    DEFAULT_WAYS,
+    AnyPagesFile,
+    PagePlan,
+    PageRuns,
+    Progress,
+    Reading,
+    Ways,
+    pages_file,
+)
+from gpurestore.tasks.memory.hugepages import blocks_of_object
 
 if TYPE_CHECKING:
     from gpurestore.images.folder import ImageFolder
@@ -206,13 +216,14 @@ def _runs_of_bytes(address: int, answers: Iterable[bytes]) -> PageRuns:
 # ---- restore
 
 
-def plan(folder: ImageFolder, found: Mapping[int, SharedObject]) -> dict[int, PagePlan]:
+def plan(folder: ImageFolder, found: Mapping[int, SharedObject], ways: Ways = DEFAULT_WAYS) -> dict[int, PagePlan]:
     """Check the images of all objects. Raises ImageError; changes nothing."""
     plans = {}
+    huge = blocks_of_object(ways.hugepages)
     for shmid, item in found.items():
         if item.size >= 1 << 47:
             raise ImageError(f"{folder.path}: shared memory {shmid} has the impossible size {item.size}")
-        plans[shmid] = memory.plan_object(folder, shmid, item.size)
+        plans[shmid] = memory.plan_object(folder, shmid, item.size, huge=huge)
     return plans
 
 
@@ -262,15 +273,18 @@ class Stage:
         plans: Mapping[int, PagePlan],
         addresses: Mapping[int, int],
         *,
+        reading: Reading = Reading.AUTO,
         jobs: int | None = None,
         cancel: Cancel | None = None,
     ) -> int:
         """Bring the content of all objects in; returns the bytes. Blocks: to be called in a worker thread."""
         total = 0
+        sizes = dict(self._mapped)
         for shmid, page_plan in plans.items():
             if page_plan.total_bytes:
-                with memory.open_pages(folder, page_plan) as pages:
-                    page_plan.fill(addresses[shmid], pages.fileno(), jobs, cancel)
+                address = addresses[shmid]
+                with memory.open_pages(folder, page_plan, reading) as source:
+                    page_plan.fill(address, sizes[address], source, jobs, cancel)
                 total += page_plan.total_bytes
         return total
 

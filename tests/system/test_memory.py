@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support.round_trip import round_trip
+from support.round_trip import dump, restore, round_trip
 from support.tool import Tool
-from support.victims import Victims
+from support.victims import Victim, Victims
+
+from gpurestore.tasks import maps
+from gpurestore.tasks.memory import hugepages
 
 pytestmark = pytest.mark.usefixtures("rights")
 
@@ -29,3 +32,39 @@ def test_copy_on_write_pages_are_right_in_parent_and_child(tool: Tool, victims: 
 
 def test_memory_is_right_after_a_dump_of_a_restored_tree(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("shared"), 3)
+
+
+def huge_mib(victim: Victim) -> dict[str, int]:
+    """MiB in huge pages of each area of the victim "hugepages"."""
+    by_address = {vma.start: vma.huge_bytes >> 20 for vma in maps.read(victim.pid)}
+    lines = (victim.folder / "areas").read_text().splitlines()
+    return {name: by_address[int(address, 16)] for name, address in map(str.split, lines)}
+
+
+@pytest.mark.parametrize("choice", ["auto", "keep", "never"])
+def test_huge_pages_come_back_as_asked_and_mappings_as_they_were(tool: Tool, victims: Victims, choice: str) -> None:
+    if not hugepages.anonymous_are_available():
+        pytest.skip("this machine gives no transparent huge pages")
+    victim = victims.start("hugepages")
+    before = huge_mib(victim)
+    images = victim.folder.parent / "images"
+    dump(tool, victim, images)
+    restore(tool, victim, images, "-d", f"--hugepages={choice}")
+    after = huge_mib(victim)
+    if choice == "auto":
+        dense = {
+            "dense": 8,
+            "unaligned": 6,
+            "half": 0,
+            "partly": 4,
+            "nohuge": 0,
+            "huge": 8,
+            "advised": 0,
+            "readonly": 8,
+        }
+        assert after == dense
+    else:
+        assert after == (before if choice == "keep" else dict.fromkeys(before, 0))
+    assert before["huge"] > 0
+    victim.expect_running()
+    victim.finish()

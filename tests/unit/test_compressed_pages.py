@@ -53,7 +53,7 @@ def restore(folder: Path, child: MemoryChild, *vmas: pb.vma_entry, cancel: Cance
         plan = memory.plan_pages(images, child.pid, pb.mm_entry(vmas=vmas))
         assert plan.compressed is not None
         with memory.open_pages(images, plan) as pages:
-            plan.compressed.run(child.pid, 0, pages.fileno(), cancel)
+            plan.compressed.run(child.pid, 0, pages.fd, cancel)
     return plan
 
 
@@ -275,7 +275,7 @@ def test_a_pages_image_with_too_few_pages_is_refused(folder: Path) -> None:
             ranges = array("Q", [start]), array("Q", [start + 8 * PAGE]), b"\0"
             size = filling.find_pages(images, 4).stream_bytes
             with pytest.raises(ImageError, match="behind the end of a file of 16384 bytes"):
-                filling._create_queue(longer, ranges, size, PAGE, "pagemap-1.img")
+                filling._create_queue(longer, ranges, None, size, PAGE, "pagemap-1.img")
 
 
 def test_a_full_disk_in_the_middle_is_reported_and_ends_every_thread(folder: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_place_is_for_our_own_memory_too(folder: Path) -> None:
     with ImageFolder(folder / "images") as images:
         plan = memory.plan_object(images, 5, size)
         with memory.open_pages(images, plan) as pages:
-            plan.fill(start + PAGE, pages.fileno(), jobs=2)
+            plan.fill(start + PAGE, size, pages, jobs=2)
     assert ctypes.string_at(start, 6 * PAGE) == bytes(PAGE) + pattern(0, 4) + bytes(PAGE)
     libc.munmap(start, 6 * PAGE)
     os.close(fd)

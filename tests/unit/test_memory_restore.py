@@ -23,7 +23,7 @@ from gpurestore.images.folder import ImageFolder
 from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, Pagemap, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.tasks import maps, memory, vmaflags
-from gpurestore.tasks.memory import filling
+from gpurestore.tasks.memory import Worker, filling
 
 BASE = 0x10_0000_0000
 MIB = 1 << 20
@@ -124,9 +124,9 @@ def test_every_page_arrives_at_its_address(
     start = map_memory(at)
     folder = tmp_path_factory.mktemp("pump")
     with images(folder, runs) as found:
-        made = filling._plan(found, "pagemap", 1, array("Q", [0]), array("Q", [at]), b"\0", chunk_bytes)
+        made = filling._plan(found, "pagemap", 1, (array("Q", [0]), array("Q", [at]), b"\0"), chunk_bytes, None)
         with memory.open_pages(found, made) as pages:
-            made.fill(start, pages.fileno(), jobs=2)
+            made.fill(start, at, pages, jobs=2)
     memory_now = ctypes.string_at(start, at)
     expected = bytearray(at)
     for address, nr in runs:
@@ -144,7 +144,7 @@ def test_a_task_fills_its_own_memory(folder: Path, region: Region) -> None:
     with images(folder, runs) as found:
         made = memory.plan_pages(found, 1, pb.mm_entry(vmas=[area(start, nr)]))
         with memory.open_pages(found, made) as pages, AgentChild(region) as child:
-            made.run(region, 0, child.pid, pages.fileno())
+            made.run(region, Worker(child.pid, 0), pages)
             content = child.read(start, nr * PAGE)
     for address, count in runs:
         assert content[address - start : address - start + count * PAGE] == pattern(address, count)
@@ -160,7 +160,7 @@ def test_memory_that_cannot_be_written_is_an_error_that_names_the_address(folder
         made = memory.plan_pages(found, 1, pb.mm_entry(vmas=[area(start, 8)]))
         with memory.open_pages(found, made) as pages, AgentChild(region) as child:
             with pytest.raises(CoreError, match=f"into {start + 4 * PAGE:#x} of task {child.pid}"):
-                made.run(region, 0, child.pid, pages.fileno())
+                made.run(region, Worker(child.pid, 0), pages)
     libc.munmap(start, 8 * PAGE)
 
 
@@ -171,7 +171,7 @@ def test_a_pages_file_that_shrinks_meanwhile_is_an_error(folder: Path, region: R
         with memory.open_pages(found, made) as pages, AgentChild(region) as child:
             os.truncate(folder / "images" / "pages-4.img", 3 * PAGE)
             with pytest.raises(CoreError, match="only 12288 of 32768 bytes"):
-                made.run(region, 0, child.pid, pages.fileno())
+                made.run(region, Worker(child.pid, 0), pages)
     libc.munmap(start, 8 * PAGE)
 
 
@@ -183,9 +183,9 @@ def test_filling_can_be_cancelled(folder: Path, region: Region) -> None:
         made = memory.plan_pages(found, 1, pb.mm_entry(vmas=[area(start, 8)]))
         with memory.open_pages(found, made) as pages, AgentChild(region) as child:
             with pytest.raises(CancelledError):
-                made.run(region, 0, child.pid, pages.fileno(), cancel)
+                made.run(region, Worker(child.pid, 0), pages, cancel)
             with pytest.raises(CancelledError):
-                memory.plan_pages(found, 1, pb.mm_entry(vmas=[area(start, 8)])).fill(0, pages.fileno(), cancel=cancel)
+                memory.plan_pages(found, 1, pb.mm_entry(vmas=[area(start, 8)])).fill(0, 8 * PAGE, pages, cancel=cancel)
     libc.munmap(start, 8 * PAGE)
 
 
@@ -196,7 +196,7 @@ def test_a_task_that_dies_meanwhile_is_an_error(folder: Path, region: Region) ->
         with memory.open_pages(found, made) as pages, AgentChild(region) as child:
             os.kill(child.pid, 9)
             with pytest.raises(TaskDiedError):
-                made.run(region, 0, child.pid, pages.fileno())
+                made.run(region, Worker(child.pid, 0), pages)
     libc.munmap(start, 8 * PAGE)
 
 
@@ -256,7 +256,7 @@ def test_exactly_what_fits_is_accepted(
     starts, ends = (array("Q", [r[i] * PAGE for r in ranges]) for i in (0, 1))
     kinds = bytes(kind for *_, kind in ranges)
     try:
-        filling._create_queue(pagemap, (starts, ends, kinds), file_pages * PAGE, PAGE, "pagemap-1.img")
+        filling._create_queue(pagemap, (starts, ends, kinds), None, file_pages * PAGE, PAGE, "pagemap-1.img")
         accepted = True
     except ImageError:
         accepted = False
@@ -277,7 +277,7 @@ def test_no_number_makes_the_queue_wrap_around(
     pagemap = Pagemap(1, vaddrs, nr_pages, array("I", [PRESENT] * nr), present_pages=0, ascending=False)
     ranges = array("Q", [0]), array("Q", [end // PAGE * PAGE]), b"\1"
     try:
-        filling._create_queue(pagemap, ranges, file_bytes, chunk_bytes, "pagemap-1.img")
+        filling._create_queue(pagemap, ranges, None, file_bytes, chunk_bytes, "pagemap-1.img")
     except ImageError:
         return
     assert sum(nr_pages) * PAGE <= file_bytes

@@ -199,7 +199,7 @@ def restore(
             child.forget_rseq()
             child.run(mm.plan_strip(start, end, own, found))
             child.run(mm.plan_mappings(found, files.fds.__getitem__, addresses.__getitem__, plan.filled))
-            plan.run(region, 0, child.pid, pages.fileno())
+            plan.run(region, memory.Worker(child.pid, 0), pages)
             child.run(mm.plan_finish(found, mm.made_with(found, plan.filled), extension))
             for address, content in wanted.items():
                 assert memory_of(child.pid, address, len(content)) == content

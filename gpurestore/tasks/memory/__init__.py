@@ -6,16 +6,21 @@ a memfd), whose "addresses" are offsets. All bytes move in C, several threads at
 
 from gpurestore.tasks.memory.compressed import CompressedPages
 from gpurestore.tasks.memory.filling import (
+    DEFAULT_WAYS,
     PagePlan,
+    Ways,
+    Worker,
     fill_file,
     open_pages,
     plan_object,
     plan_pages,
     read_page_bytes,
 )
+from gpurestore.tasks.memory.hugepages import HugePages
 from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs
 from gpurestore.tasks.memory.saving import (
     GUARD,
+    HUGE,
     IOCTL,
     READ,
     STORED,
@@ -27,18 +32,27 @@ from gpurestore.tasks.memory.saving import (
     scan,
     select,
 )
+from gpurestore.tasks.memory.sources import COLD_WORKERS, PagesSource, Reading
 
 __all__ = [
+    "COLD_WORKERS",
+    "DEFAULT_WAYS",
     "GUARD",
+    "HUGE",
     "IOCTL",
     "READ",
     "STORED",
     "AnyPagesFile",
     "CompressedPages",
+    "HugePages",
     "PagePlan",
     "PageRuns",
     "PagesFile",
+    "PagesSource",
     "Progress",
+    "Reading",
+    "Ways",
+    "Worker",
     "default_jobs",
     "dump",
     "fill_file",

@@ -8,7 +8,7 @@ import mmap
 import os
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from gpurestore.core import Cancel, Region, check, ffi, lib, new_error
 from gpurestore.errors import CoreError, ImageError
@@ -18,16 +18,41 @@ from gpurestore.images.magic import KINDS
 from gpurestore.images.pagemap import Pagemap, read_pagemap
 from gpurestore.tasks import vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory import hugepages
 from gpurestore.tasks.memory.compressed import CompressedPages
+from gpurestore.tasks.memory.hugepages import HugeBlocks, HugePages
 from gpurestore.tasks.memory.runs import default_jobs, u64
+from gpurestore.tasks.memory.sources import COLD_WORKERS, PagesSource, Reading, cold_bytes, open_source
 
 if TYPE_CHECKING:
     from gpurestore.images.folder import ImageFolder
 
-_FILL, _SKIP, _REFUSE = 0, 1, 2  # enum gr_pump_kind
+_FILL, _SKIP, _REFUSE, _FILL_HUGE = 0, 1, 2, 3  # enum gr_pump_kind
+_WRITTEN_HUGE = 2  # enum gr_pump_touch
 
 # What one preadv of a restore brings in: large enough to forget the cost of a call, small enough to share and cancel.
 CHUNK_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What the user chose about the way that memory comes in."""
+
+    hugepages: HugePages = HugePages.AUTO
+    reading: Reading = Reading.AUTO
+
+
+DEFAULT_WAYS: Final = Ways()
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A thread of a task that serves ``slot``. With a ``uffd`` of the task, huge pages go through ``staging``."""
+
+    tid: int
+    slot: int
+    uffd: int = -1
+    staging: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,83 +61,125 @@ class PagePlan:
 
     pages_name: str
     filled: frozenset[int]  # starts of the mappings that it writes to
+    huge: tuple[tuple[int, int], ...]  # mappings that get huge pages, from start to end
+    cold_bytes: int  # of the pages image: not in the page cache when this was planned
     total_bytes: int
     handle: Any
     compressed: CompressedPages | None = None  # then :meth:`run` is not for this plan: use this instead
+
+    @property
+    def counts(self) -> Any:
+        """A ``struct gr_pump_counts *``: what is planned and what is done."""
+        return _counts(self.handle)
 
     @property
     def done_bytes(self) -> int:
         """How much is in place."""
         if self.compressed is not None:
             return self.compressed.done_bytes
-        return int(lib.gr_pump_queue_done_bytes(self.handle))
+        return int(self.counts.done_bytes)
 
     @property
     def nr_chunks(self) -> int:
         """How many threads can possibly work on it at once."""
         if self.compressed is not None:
             return self.compressed.nr_chunks
-        return int(lib.gr_pump_queue_nr_chunks(self.handle))
+        return int(self.counts.nr_chunks)
 
-    def run(self, region: Region, slot: int, tid: int, pages_fd: int, cancel: Cancel | None = None) -> None:
-        """Have thread ``tid``, which serves ``slot``, fill its own task until nothing is left to do. Blocks.
+    def run(self, region: Region, worker: Worker, source: PagesSource, cancel: Cancel | None = None) -> None:
+        """Have ``worker`` fill its own task until nothing is left to do. Blocks.
 
-        ``pages_fd`` is the task's descriptor of the pages image. To be called once per slot that takes part.
+        The task has the descriptors of ``source`` under the same numbers. To be called once per worker that takes part.
         """
         err = new_error()
         flag = cancel.flag if cancel else ffi.NULL
-        check(lib.gr_pump_run(region.handle, slot, tid, pages_fd, self.handle, flag, err), err)
+        who = ffi.new("struct gr_pump_worker *", (worker.slot, worker.tid, worker.uffd, 0, worker.staging))
+        check(lib.gr_pump_run(region.handle, who, source.handle, self.handle, flag, err), err)
 
-    def fill(self, base: int, pages_fd: int, jobs: int | None = None, cancel: Cancel | None = None) -> None:
-        """Fill memory of this process: offset 0 lies at ``base``. Blocks."""
+    def fill(
+        self, base: int, size: int, source: PagesSource, jobs: int | None = None, cancel: Cancel | None = None
+    ) -> None:
+        """Fill an object of ``size`` bytes that this process has mapped, shared and writable, at ``base``. Blocks."""
         if self.compressed is not None:
-            self.compressed.fill(base, pages_fd, jobs or default_jobs(), cancel)
+            self.compressed.fill(base, source.fd, jobs or default_jobs(), cancel)
             return
         err = new_error()
         flag = cancel.flag if cancel else ffi.NULL
-        check(lib.gr_pump_fill(self.handle, base, pages_fd, jobs or default_jobs(), flag, err), err)
+        nr_threads = jobs or default_jobs()
+        if source.direct_fd >= 0 and nr_threads > 1:
+            nr_threads = max(nr_threads, COLD_WORKERS)
+        alias = ffi.new("struct gr_stage_alias *")
+        if self.counts.huge_bytes:
+            check(lib.gr_stage_alias_create(base, size, alias, err), err)
+        try:
+            check(
+                lib.gr_pump_fill(self.handle, base, alias.address, source.handle, nr_threads, flag, err),
+                err,
+            )
+        finally:
+            lib.gr_stage_alias_destroy(alias)
 
 
-def plan_pages(folder: ImageFolder, pid: int, mm: pb.mm_entry, chunk_bytes: int = CHUNK_BYTES) -> PagePlan:
+def plan_pages(
+    folder: ImageFolder,
+    pid: int,
+    mm: pb.mm_entry,
+    chunk_bytes: int = CHUNK_BYTES,
+    huge: HugeBlocks | None = None,
+) -> PagePlan:
     """Check the pagemap of a task against its mappings and its pages image. Raises ImageError; changes nothing.
 
     ``mm`` went through :func:`gpurestore.tasks.mm.validate`.
     """
     vmas = [vma for vma in mm.vmas if not vmaflags.is_guard(vma) and not vma.status & vmaflags.VSYSCALL]
-    kinds = bytes(_pump_kind(vma) for vma in vmas)
+    if mm.thp_disabled or not hugepages.anonymous_are_available():
+        huge = None
+    kinds = bytes(_pump_kind(vma, huge is not None) for vma in vmas)
     starts, ends = array("Q", [vma.start for vma in vmas]), array("Q", [vma.end for vma in vmas])
-    return _plan(folder, "pagemap", pid, starts, ends, kinds, chunk_bytes)
+    return _plan(folder, "pagemap", pid, (starts, ends, kinds), chunk_bytes, huge)
 
 
-def plan_object(folder: ImageFolder, ident: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> PagePlan:
+def plan_object(
+    folder: ImageFolder, ident: int, size: int, chunk_bytes: int = CHUNK_BYTES, huge: HugeBlocks | None = None
+) -> PagePlan:
     """The same for an object of ``size`` bytes: shared anonymous memory or a memfd."""
     nr_pages = -(-size // PAGE_BYTES)
     if not 0 < nr_pages < 1 << 50:
         raise ImageError(f"{folder.path}: shared memory {ident} has the impossible size {size}")
+    if not hugepages.shared_are_available():
+        huge = None
     ends = array("Q", [nr_pages * PAGE_BYTES])
-    return _plan(folder, "pagemap-shmem", ident, array("Q", [0]), ends, bytes([_FILL]), chunk_bytes)
+    kinds = bytes([_FILL if huge is None else _FILL_HUGE])
+    return _plan(folder, "pagemap-shmem", ident, (array("Q", [0]), ends, kinds), chunk_bytes, huge)
 
 
 def fill_file(
-    folder: ImageFolder, ident: int, fd: int, size: int, *, jobs: int | None = None, cancel: Cancel | None = None
+    folder: ImageFolder,
+    ident: int,
+    fd: int,
+    size: int,
+    *,
+    ways: Ways = DEFAULT_WAYS,
+    jobs: int | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Bring the content of an object into the file (a memfd of ``size`` bytes, not sealed) behind ``fd``."""
     if size == 0:
         return
-    plan = plan_object(folder, ident, size)
+    plan = plan_object(folder, ident, size, huge=hugepages.blocks_of_object(ways.hugepages))
     if plan.total_bytes == 0:
         return
-    with open_pages(folder, plan) as pages, mmap.mmap(fd, size) as memory:
+    with open_pages(folder, plan, ways.reading) as source, mmap.mmap(fd, size) as memory:
         address = ffi.from_buffer(memory)
         try:
-            plan.fill(int(ffi.cast("uintptr_t", address)), pages.fileno(), jobs, cancel)
+            plan.fill(int(ffi.cast("uintptr_t", address)), size, source, jobs, cancel)
         finally:
             ffi.release(address)
 
 
-def open_pages(folder: ImageFolder, plan: PagePlan) -> Any:
-    """The pages image of ``plan`` as an open file."""
-    return open(folder.open_raw(plan.pages_name), "rb", buffering=0)
+def open_pages(folder: ImageFolder, plan: PagePlan, reading: Reading = Reading.AUTO) -> PagesSource:
+    """The pages image of ``plan``, open for reading."""
+    return open_source(folder.open_raw(plan.pages_name), reading if plan.compressed is None else Reading.CACHED)
 
 
 def read_page_bytes(folder: ImageFolder, pid: int, start: int, end: int) -> bytes:
@@ -132,33 +199,54 @@ def read_page_bytes(folder: ImageFolder, pid: int, start: int, end: int) -> byte
         return os.pread(pages.fileno(), end - start, offset)
 
 
-def _pump_kind(vma: pb.vma_entry) -> int:
+def _pump_kind(vma: pb.vma_entry, huge: bool) -> int:
     if vmaflags.is_kernels(vma):
         return _SKIP
-    return _FILL if vmaflags.is_private(vma) else _REFUSE
+    if not vmaflags.is_private(vma):
+        return _REFUSE
+    # In a private mapping of a file the pages that are not stored are the file's.
+    may_be_huge = vma.status & vmaflags.ANON_PRIVATE and not vma.madv >> vmaflags.MADV_NOHUGEPAGE & 1
+    return _FILL_HUGE if huge and may_be_huge else _FILL
+
+
+Ranges: TypeAlias = "tuple[array[int], array[int], bytes]"  # starts, ends, kinds
 
 
 def _plan(
-    folder: ImageFolder,
-    kind: str,
-    ident: int,
-    starts: array[int],
-    ends: array[int],
-    kinds: bytes,
-    chunk_bytes: int,
+    folder: ImageFolder, kind: str, ident: int, ranges: Ranges, chunk_bytes: int, huge: HugeBlocks | None
 ) -> PagePlan:
     pagemap = read_pagemap(folder, kind, ident)
     image = find_pages(folder, pagemap.pages_id) if len(pagemap) else PagesImage("", 0, 0)
     name = f"{folder.path}/{KINDS[kind].file_name(ident)}"
-    handle, touched = _create_queue(pagemap, (starts, ends, kinds), image.stream_bytes, chunk_bytes, name)
-    filled = frozenset(start for start, flag in zip(starts, touched, strict=True) if flag)
+    handle, touched = _create_queue(pagemap, ranges, huge, image.stream_bytes, chunk_bytes, name)
+    starts, ends, kinds = ranges
     skips = [(start, end) for start, end, what in zip(starts, ends, kinds, strict=True) if what == _SKIP]
-    compressed = CompressedPages(image.index, pagemap, skips) if image.index is not None else None
-    return PagePlan(image.name, filled, int(lib.gr_pump_queue_total_bytes(handle)), handle, compressed)
+    return PagePlan(
+        pages_name=image.name,
+        filled=frozenset(start for start, flag in zip(starts, touched, strict=True) if flag),
+        huge=tuple(
+            (start, end) for start, end, flag in zip(starts, ends, touched, strict=True) if flag == _WRITTEN_HUGE
+        ),
+        cold_bytes=_cold_bytes(folder, image.name) if image.name else 0,
+        total_bytes=int(_counts(handle).total_bytes),
+        handle=handle,
+        compressed=CompressedPages(image.index, pagemap, skips) if image.index is not None else None,
+    )
+
+
+def _cold_bytes(folder: ImageFolder, name: str) -> int:
+    with open(folder.open_raw(name), "rb", buffering=0) as pages:
+        return cold_bytes(pages.fileno())
+
+
+def _counts(handle: Any) -> Any:
+    counts = ffi.new("struct gr_pump_counts *")
+    lib.gr_pump_queue_counts(handle, counts)
+    return counts
 
 
 def _create_queue(
-    pagemap: Pagemap, ranges: tuple[array[int], array[int], bytes], file_bytes: int, chunk_bytes: int, name: str
+    pagemap: Pagemap, ranges: Ranges, huge: HugeBlocks | None, file_bytes: int, chunk_bytes: int, name: str
 ) -> tuple[Any, bytes]:
     starts, ends, kinds = ranges
     touched = bytearray(len(starts))
@@ -179,9 +267,15 @@ def _create_queue(
             "nr": len(pagemap),
         },
     )
+    c_huge = ffi.new("struct gr_pump_huge *")
+    if huge is not None:
+        c_huge.min_pages = huge.min_pages
+        if huge.ranges is not None:
+            kept_starts, kept_ends = (u64(values) for values in huge.ranges)
+            c_huge.starts, c_huge.ends, c_huge.nr = kept_starts, kept_ends, len(huge.ranges[0])
     err, out = new_error(), ffi.new("struct gr_pump_queue **")
     try:
-        check(lib.gr_pump_queue_create(c_pagemap, c_ranges, file_bytes, chunk_bytes, out, err), err)
+        check(lib.gr_pump_queue_create(c_pagemap, c_ranges, c_huge, file_bytes, chunk_bytes, out, err), err)
     except CoreError as error:
         if error.errno == errno.EINVAL:
             raise ImageError(f"{name}: {error.context}") from error

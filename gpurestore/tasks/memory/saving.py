@@ -21,14 +21,14 @@ from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs, u64
 if TYPE_CHECKING:
     from gpurestore.images.writer import ImageWriter
 
-STORED, GUARD = 0, 1  # enum gr_scan_what
+STORED, GUARD, HUGE = 0, 1, 2  # enum gr_scan_what
 AUTO, IOCTL, READ = 0, 1, 2  # enum gr_scan_how
 
 
 def scan(
     pid: int, ranges: Sequence[pb.vma_entry], what: int, cancel: Cancel | None = None, how: int = AUTO
 ) -> PageRuns:
-    """The pages of a frozen task that are ``what`` (STORED, GUARD) in ``ranges``, which must be ascending."""
+    """The pages of a frozen task that are ``what`` (STORED, GUARD, HUGE) in ``ranges``, which must be ascending."""
     starts, ends = u64(array("Q", [r.start for r in ranges])), u64(array("Q", [r.end for r in ranges]))
     flag = cancel.flag if cancel else ffi.NULL
     return PageRuns.made_by(lambda out, err: lib.gr_pagescan(pid, starts, ends, len(ranges), what, how, flag, out, err))
