@@ -149,6 +149,30 @@ static void abort_critical_section(struct gr_thread_state *state)
 		state->regs.rip = section.abort_ip;
 }
 
+/* include/uapi/linux/ptrace.h, since 6.4; older kernels do not tell */
+#ifndef PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG
+#define PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211
+#endif
+
+static int dispatches_calls(int tid)
+{
+	struct {
+		uint64_t mode, selector, offset, len;
+	} config = { 0 };
+
+	return ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(config), &config) == 0 &&
+	       config.mode != 0;
+}
+
+/* NT_386_IOPERM is there only for a thread that has a bitmap of ports. */
+static int opens_ports(int tid)
+{
+	uint8_t bitmap[8192];
+	struct iovec iov = { bitmap, sizeof(bitmap) };
+
+	return ptrace(PTRACE_GETREGSET, tid, (void *)NT_386_IOPERM, &iov) == 0 && iov.iov_len != 0;
+}
+
 static int do_read(struct gr_tracer_state *state, void *arg, struct gr_error *err)
 {
 	struct read_request *request = arg;
@@ -171,6 +195,8 @@ static int do_read(struct gr_tracer_state *state, void *arg, struct gr_error *er
 	if (ret < 0)
 		return ret;
 	out->xstate_bytes = bytes;
+	out->dispatches_calls = dispatches_calls(tracee->tid);
+	out->opens_ports = opens_ports(tracee->tid);
 	/* Since 5.13; where it is unknown, so is rseq for a tracer, and libc's own is set up by libc again. */
 	if (ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tracee->tid, (void *)sizeof(rseq), &rseq) == sizeof(rseq)) {
 		out->rseq_address = rseq.rseq_abi_pointer;

@@ -250,15 +250,46 @@ static int open_host(struct gr_tracer_state *state, const struct enter_request *
 	return 0;
 }
 
+static int map_at(struct gr_tracer_state *state, struct gr_host *host, struct gr_tracee *leader, uint64_t address,
+		  uint64_t bytes, uint64_t prot, struct gr_error *err)
+{
+	const uint64_t args[6] = { address, bytes, prot,
+				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE, (uint64_t)-1, 0 };
+	int64_t result;
+	int ret = call_from_home(state, host, leader, __NR_mmap, args, &result, err);
+
+	if (ret == 0 && result != (int64_t)address)
+		ret = gr_fail(err, result < 0 ? (int)-result : EEXIST, "mapping the agent at %#lx of task %d", address,
+			      host->pid);
+	return ret;
+}
+
+/*
+ * Code that the task itself cannot write, and slots that it cannot execute: a task that denies itself memory that is
+ * both (PR_SET_MDWE) takes the agent, too. The code is written from outside.
+ */
+static int map_agent(struct gr_tracer_state *state, struct gr_host *host, struct gr_tracee *leader,
+		     struct gr_error *err)
+{
+	const uint64_t unmap[6] = { host->address, CODE_BYTES, 0, 0, 0, 0 };
+	struct gr_error ignored; /* the first failure is the one to report */
+	int64_t result;
+	int ret = map_at(state, host, leader, host->address, CODE_BYTES, PROT_READ | PROT_EXEC, err);
+
+	if (ret < 0)
+		return ret;
+	ret = map_at(state, host, leader, host->address + CODE_BYTES, host->bytes - CODE_BYTES, PROT_READ | PROT_WRITE,
+		     err);
+	if (ret < 0)
+		call_from_home(state, host, leader, __NR_munmap, unmap, &result, &ignored);
+	return ret;
+}
+
 static int do_enter(struct gr_tracer_state *state, void *arg, struct gr_error *err)
 {
 	struct enter_request *request = arg;
 	struct gr_tracee *leader = gr_tracee_find(state, request->pid);
 	struct gr_host host;
-	const uint64_t args[6] = { request->address, gr_agent_bytes(request->nr_slots),
-				   PROT_READ | PROT_WRITE | PROT_EXEC,
-				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE, (uint64_t)-1, 0 };
-	int64_t result;
 	int ret;
 
 	if (!leader || !leader->stopped || find_host(state, request->pid))
@@ -268,10 +299,7 @@ static int do_enter(struct gr_tracer_state *state, void *arg, struct gr_error *e
 		ret = open_host(state, request, &host, err);
 	if (ret < 0)
 		return ret;
-	ret = call_from_home(state, &host, leader, __NR_mmap, args, &result, err);
-	if (ret == 0 && result != (int64_t)request->address)
-		ret = gr_fail(err, result < 0 ? (int)-result : EEXIST, "mapping the agent at %#lx of task %d",
-			      request->address, request->pid);
+	ret = map_agent(state, &host, leader, err);
 	if (ret < 0) {
 		close(host.mem_fd);
 		return ret;

@@ -24,6 +24,8 @@ struct gr_thread_state {
 	uint64_t sigmask;
 	uint64_t rseq_address; /* 0: none registered */
 	uint32_t rseq_bytes, rseq_signature, rseq_flags;
+	int dispatches_calls;  /* prctl(PR_SET_SYSCALL_USER_DISPATCH) is on: its system calls may become signals */
+	int opens_ports;       /* ioperm(2) gave it I/O ports */
 	uint32_t xstate_bytes; /* of xstate, in the standard (not compacted) format */
 	uint8_t xstate[16384];
 };

@@ -72,6 +72,8 @@ class ThreadState(NamedTuple):
     sigmask: int = 0
     rseq: Rseq | None = None
     stop_signal: int = 0
+    dispatches_calls: bool = False  # PR_SET_SYSCALL_USER_DISPATCH is on
+    opens_ports: bool = False  # ioperm(2)
 
 
 class Cancel:
@@ -131,6 +133,8 @@ class Tracer:
             sigmask=out.sigmask,
             rseq=rseq,
             stop_signal=out.stop_signal,
+            dispatches_calls=bool(out.dispatches_calls),
+            opens_ports=bool(out.opens_ports),
         )
 
     def peek_signals(self, tid: int, *, shared: bool) -> list[bytes]:

@@ -21,6 +21,7 @@ class NR(IntEnum):
     IOCTL = 16
     SCHED_YIELD = 24
     MREMAP = 25
+    MSYNC = 26
     MINCORE = 27
     MADVISE = 28
     PAUSE = 34
@@ -50,6 +51,7 @@ class NR(IntEnum):
     PERSONALITY = 135
     GETPRIORITY = 140
     SETPRIORITY = 141
+    MLOCKALL = 151
     MODIFY_LDT = 154
     PRCTL = 157
     ARCH_PRCTL = 158
@@ -67,6 +69,7 @@ class NR(IntEnum):
     TIMER_DELETE = 226
     CLOCK_NANOSLEEP = 230
     EXIT_GROUP = 231
+    MBIND = 237
     SET_MEMPOLICY = 238
     GET_MEMPOLICY = 239
     IOPRIO_SET = 251

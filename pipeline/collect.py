@@ -36,8 +36,11 @@ def collect(tree: FrozenTree, table: FileTable, shell_job: bool) -> Collected:
     found = tree.findings
     collected = Collected(pstree.collect(tree, shell_job))
     collected.ids = ids.collect(tree.living, found)
-    if ids.memory_is_shared(found):
-        # The agent of one task would be in the other's memory as well: nothing more can be asked.
+    trapping = [finding for task in tree.living for finding in cores.check_agent(task)]
+    found += trapping
+    if trapping or ids.memory_is_shared(found):
+        # The agent's calls would be trapped, or the agent of one task would be in the other's memory as well: nothing
+        # more can be asked.
         return collected
     for task in tree:
         collected.cores[task.pid], facts = cores.collect(task, found)

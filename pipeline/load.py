@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.tasks import births, cores, cpu, inherited, memory, mm, pstree, shmem, vdso
+from gpurestore.tasks import births, cores, cpu, inherited, memory, mm, numa, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
@@ -159,8 +159,14 @@ def check(tree: LoadedTree, restorer: Restorer) -> list[Finding]:
     findings += pstree.plan(tree.entries, tree.leaders).findings
     for task in tree.tasks.values():
         findings += mm.check(task.pid, task.mm)
+        policies = [*numa.of_mappings(task.mm_facts).values(), *_thread_policies(task.facts)]
+        findings += numa.check(f"pid {task.pid}", policies)
         findings += _check_vdso(tree.folder, task)
     return findings + tree.files.check()
+
+
+def _thread_policies(facts: ProcessFacts) -> Iterator[Sequence[int]]:
+    return (thread.mempolicy for thread in facts.threads.values() if thread.mempolicy)
 
 
 def _check_vdso(folder: ImageFolder, task: LoadedTask) -> list[Finding]:

@@ -150,6 +150,7 @@ def _plan_task(
         task.pages.filled,
         files.redirects_of(pid),
         kept,
+        task.mm_facts,
     )
     return TaskPlan(
         pid=pid,

@@ -76,6 +76,19 @@ def collect(task: FrozenTask, found: list[Finding]) -> tuple[dict[int, pb.core_e
     return cores, facts.to_json()
 
 
+def check_agent(task: FrozenTask) -> list[Finding]:
+    """What cannot be carried and must be known before the agent runs, because it may trap the agent's calls."""
+    found = []
+    for tid, state in task.threads:
+        where = f"pid {task.pid}" if tid == task.pid else f"pid {task.pid}, thread {tid}"
+        if state.dispatches_calls:
+            why = "what a dump asks the task would be dispatched, too"
+            found.append(Finding(where, "system calls dispatched to user space", why))
+        if state.opens_ports:
+            found.append(Finding(where, "access to I/O ports", "ioperm is not carried"))
+    return found
+
+
 def _questions(leader: bool) -> Questions:
     asked = threads.questions() | scheduling.questions() | prctls.thread_questions() | credentials.questions()
     return asked | signals.questions() | prctls.process_questions() if leader else asked

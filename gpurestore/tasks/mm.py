@@ -6,6 +6,7 @@ Dump: :func:`collect`. Restore: :func:`check`, then the calls of :func:`plan_str
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import struct
@@ -14,11 +15,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gpurestore.batch import Call, Data
+from gpurestore.batch import Call, Data, Out, Ref
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import mappings, maps, memory, vdso, vmaflags
+from gpurestore.tasks import mappings, maps, memory, numa, vdso, vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES, PROT_WRITE, TASK_SIZE
 
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
@@ -27,6 +28,8 @@ _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _MLOCK_ONFAULT = 1
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4
+_MS_INVALIDATE = 2
 _NO_FD = 0xFFFFFFFF
 _CAP_IPC_LOCK = 14
 _STAGED_PROT = maps.PROT_READ | maps.PROT_WRITE
@@ -126,7 +129,7 @@ def collect(task: Task, files: Files, findings: list[Finding]) -> pb.mm_entry:
 
 
 def collect_extension(task: Task) -> dict[str, Any]:
-    """What CRIU's format has no field for: names given to anonymous memory, mappings locked on fault, huge pages."""
+    """What CRIU's format has no field for: names of anonymous memory, locks on fault or in future, huge pages, NUMA."""
     names = {}
     for vma in task.vmas:
         if vma.path.startswith(_NAMED) and not vma.shared:
@@ -134,8 +137,26 @@ def collect_extension(task: Task) -> dict[str, Any]:
     on_fault = [f"{vma.start:x}" for vma in task.vmas if "lf" in vma.flags]
     with_huge = [pb.vma_entry(start=vma.start, end=vma.end) for vma in task.vmas if vma.huge_bytes]
     huge = memory.hugepages.describe(memory.scan(task.pid, with_huge, memory.HUGE)) if with_huge else []
-    found = (("names", names), ("lock_on_fault", on_fault), ("huge", huge))
-    return {key: value for key, value in found if value}
+    found = {"names": names, "lock_on_fault": on_fault, "lock_future": _locks_future(task), "huge": huge}
+    found["numa"] = numa.collect(task)
+    return {key: value for key, value in found.items() if value}
+
+
+def _locks_future(task: Task) -> int:
+    """What mlockall(MCL_FUTURE) set, which shows only in what is mapped from then on: msync refuses to invalidate
+    memory that is locked, and it is there at once unless it is locked on fault."""
+    page, prot, flags = (Ref(0), PAGE_BYTES), maps.PROT_READ | PROT_WRITE, vmaflags.MAP_PRIVATE | vmaflags.MAP_ANONYMOUS
+    _, lock, there, _ = task.ask(
+        [
+            Call(NR.MMAP, (0, PAGE_BYTES, prot, flags, -1, 0), "try a page"),
+            Call(NR.MSYNC, (*page, _MS_INVALIDATE), may_fail=True),
+            Call(NR.MINCORE, (*page, Out(1)), "look whether the page is there"),
+            Call(NR.MUNMAP, page, "give the page back"),
+        ]
+    )
+    if lock.result != -errno.EBUSY:
+        return 0
+    return _MCL_FUTURE if there.outs[0][0] & 1 else _MCL_FUTURE | _MCL_ONFAULT
 
 
 def _stat_addresses(pid: int) -> dict[str, int]:
@@ -302,6 +323,7 @@ def plan_mappings(
     filled: Collection[int],
     redirected: Mapping[int, tuple[int, int]] | None = None,
     kept: Collection[int] = (),
+    extension: Mapping[str, Any] | None = None,
 ) -> list[Call]:
     """Make every mapping, empty, in an address space that :func:`plan_strip` cleared.
 
@@ -317,6 +339,7 @@ def plan_mappings(
     starts of the mappings that an heir has from its parent, with the executable.
     """
     redirected = redirected or {}
+    policies = numa.of_mappings(extension or {})
     calls = [
         Call(NR.PRCTL, (_PR_SET_THP_DISABLE, int(mm.thp_disabled), 0, 0, 0), "switching huge pages off or on"),
         _set_mm_map(mm, -1 if kept else fd_of(mm.exe_file_id)),
@@ -336,6 +359,7 @@ def plan_mappings(
             calls.append(_map(vma, fd, vma.prot | (PROT_WRITE if vma.start in filled else 0)))
         if vma.madv >> vmaflags.MADV_NOHUGEPAGE & 1:  # before the pages come
             calls.append(_advise(vma, vmaflags.MADV_NOHUGEPAGE))
+        calls += numa.plan(vma, policies)
     return calls
 
 
@@ -401,7 +425,11 @@ def plan_finish(mm: pb.mm_entry, made: Mapping[int, int], extension: Mapping[str
             name = Data(names[f"{vma.start:x}"].encode(errors="surrogateescape") + b"\0")
             args = (_PR_SET_VMA, _PR_SET_VMA_ANON_NAME, vma.start, vma.end - vma.start, name)
             calls.append(Call(NR.PRCTL, args, f"naming {vma.start:x}-{vma.end:x}", may_fail=True))
-    return calls + _plan_locks(mm, ours, extension.get("lock_on_fault", ()))
+    calls += _plan_locks(mm, ours, extension.get("lock_on_fault", ()))
+    future = extension.get("lock_future", 0)
+    if future not in (0, _MCL_FUTURE, _MCL_FUTURE | _MCL_ONFAULT):
+        raise ImageError(f"gpurestore.json: mm: lock_future {future!r} is none of mlockall's flags for future mappings")
+    return [*calls, Call(NR.MLOCKALL, (future,), "locking what is mapped in future", want=0)] if future else calls
 
 
 def _protections(ours: Sequence[pb.vma_entry], made: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:

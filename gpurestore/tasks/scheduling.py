@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gpurestore.batch import Call, Data, Out
 from gpurestore.errors import Finding, ImageError
 from gpurestore.syscalls import NR
-from gpurestore.tasks import procfs
+from gpurestore.tasks import numa, procfs
 from gpurestore.tasks.calls import Answers, Questions, prctl
 from gpurestore.tasks.facts import ALL_CPUS, ThreadFacts
 
@@ -23,7 +23,6 @@ _UTIL_CLAMP = 0x60
 _UNCLAMPED = ((0, 0), (0, 1024))
 _ATTR = struct.Struct("=IIQiIQQQII")  # struct sched_attr: size, policy, flags, nice, priority, 3 times, 2 clamps
 _CPU_BYTES = 1024
-_NODE_BYTES = 128
 _IOPRIO_WHO_PROCESS = 1
 _IOPRIO_CLASS_RT = 1
 
@@ -35,9 +34,7 @@ def questions() -> Questions:
         "affinity": Call(NR.SCHED_GETAFFINITY, (0, _CPU_BYTES, Out(_CPU_BYTES)), "read CPU affinity"),
         "ioprio": Call(NR.IOPRIO_GET, (_IOPRIO_WHO_PROCESS, 0), "read I/O priority", may_fail=True),
         "timer slack": prctl(PR_GET_TIMERSLACK, what="read timer slack", may_fail=True),
-        "mempolicy": Call(
-            NR.GET_MEMPOLICY, (Out(8), Out(_NODE_BYTES), _NODE_BYTES * 8, 0, 0), "read NUMA policy", may_fail=True
-        ),
+        "mempolicy": numa.ask(),
     }
 
 
@@ -59,11 +56,7 @@ def collect(answers: Answers, entry: pb.thread_core_entry, facts: ThreadFacts, o
         facts.ioprio = answers["ioprio"].result
     if answers["timer slack"].result > 0:  # 0: a real-time thread, which has none
         facts.timer_slack_ns = answers["timer slack"].result
-    if answers["mempolicy"].result == 0:
-        mode_raw, nodes = answers["mempolicy"].outs
-        mode = int.from_bytes(mode_raw[:4], "little")
-        if mode:
-            facts.mempolicy = (mode, *struct.unpack(f"={_NODE_BYTES // 8}Q", nodes))
+    facts.mempolicy = numa.answer(answers["mempolicy"].result, answers["mempolicy"].outs)
 
 
 def plan(entry: pb.thread_core_entry, facts: ThreadFacts) -> list[Call]:
@@ -75,9 +68,7 @@ def plan(entry: pb.thread_core_entry, facts: ThreadFacts) -> list[Call]:
     if facts.affinity is not None:
         calls.append(_plan_affinity(facts.affinity))
     if facts.mempolicy:
-        mode, *nodes = facts.mempolicy
-        mask = Data(struct.pack(f"={len(nodes)}Q", *nodes)) if nodes else 0
-        calls.append(Call(NR.SET_MEMPOLICY, (mode, mask, len(nodes) * 64), "set NUMA policy", want=0))
+        calls.append(Call(NR.SET_MEMPOLICY, numa.argument(facts.mempolicy), "set NUMA policy", want=0))
     if entry.HasField("sched_policy"):
         calls.extend(_plan_policy(entry, facts))
     return calls

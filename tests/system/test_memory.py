@@ -30,6 +30,11 @@ def test_copy_on_write_pages_are_right_in_parent_and_child(tool: Tool, victims: 
     round_trip(tool, victims.start("cow"))
 
 
+@pytest.mark.parametrize("when", ["now", "on-fault"])
+def test_policies_of_an_address_space_hold_again(tool: Tool, victims: Victims, when: str) -> None:
+    round_trip(tool, victims.start("policies", when), 2)
+
+
 def test_memory_is_right_after_a_dump_of_a_restored_tree(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("shared"), 3)
 

@@ -28,6 +28,8 @@ DESCRIPTORS = {
 }
 OTHERS = {
     "seccomp": "seccomp",
+    "call-dispatch": "dispatched to user space",
+    "ports": "I/O ports",
     "sysv-shm": "sysv|System V|shared memory",
     "net-namespace": "net",
     "mount-namespace": "mnt|mount",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -41,13 +42,16 @@ from gpurestore.tasks import maps, memory, mm, shmem, vdso, vmaflags
 class FakeTask:
     """A task that answers what :func:`mm.collect` asks."""
 
+    msync = 0
+
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.vmas = maps.read(pid)
 
     def ask(self, calls: Sequence[Call]) -> list[CallResult]:
         heap = next((vma for vma in self.vmas if vma.path == "[heap]"), None)
-        answers = {NR.BRK: heap.end if heap else 0x1000000, NR.PRCTL: 1, NR.MINCORE: 0}
+        answers = {NR.BRK: heap.end if heap else 0x1000000, NR.PRCTL: 1, NR.MINCORE: 0, NR.GET_MEMPOLICY: -errno.ENOSYS}
+        answers |= {NR.MMAP: 0x5000, NR.MSYNC: self.msync, NR.MUNMAP: 0}
         return [
             CallResult(
                 0 if call.args[0] == 42 else answers[call.nr],
@@ -240,6 +244,17 @@ def test_names_of_anonymous_memory_and_locks_on_fault_are_kept_beside_the_format
     name, lock = mm.plan_finish(space(area(0x1000, 0x2000, flags=0x2022)), {}, extension)
     assert (name.nr, name.args[4], name.may_fail) == (NR.PRCTL, Data(b"my arena\0"), True)
     assert (lock.nr, lock.args, lock.want) == (NR.MLOCK2, (0x1000, 0x1000, 1), 0)
+
+
+def test_memory_that_is_locked_in_future_is_kept_beside_the_format() -> None:
+    task = FakeTask(os.getpid())
+    task.msync, task.vmas = -errno.EBUSY, []
+    extension = mm.collect_extension(task)
+    assert extension == {"lock_future": 2}  # MCL_FUTURE: the page was there at once
+    (lock,) = mm.plan_finish(space(), (), extension)
+    assert (lock.nr, lock.args, lock.want) == (NR.MLOCKALL, (2,), 0)
+    with pytest.raises(ImageError, match="none of mlockall's flags"):
+        mm.plan_finish(space(), (), {"lock_future": 1})
 
 
 def test_stripping_leaves_the_region_and_the_kernels_areas_and_nothing_else() -> None:

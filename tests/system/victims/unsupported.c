@@ -11,6 +11,7 @@
 #include <netinet/in.h>
 #include <sys/epoll.h>
 #include <sys/inotify.h>
+#include <sys/io.h>
 #include <sys/ipc.h>
 #include <sys/shm.h>
 #include <sys/signalfd.h>
@@ -223,6 +224,21 @@ static void shared_memory_space(void)
 	MUST(child >= 0);
 }
 
+/* Everything is allowed, but whoever makes calls in this thread has to look at the selector. */
+static void call_dispatch(void)
+{
+	static char selector; /* SYSCALL_DISPATCH_FILTER_ALLOW */
+
+	if (prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, 1, 0, 0, &selector))
+		_exit(77);
+}
+
+static void ports(void)
+{
+	if (ioperm(0x80, 1, 1))
+		_exit(77);
+}
+
 static const struct {
 	const char *name;
 	void (*make)(void);
@@ -230,7 +246,7 @@ static const struct {
 	{ "tcp-socket", tcp_socket }, { "unix-socket", unix_socket }, { "netlink-socket", netlink_socket }, { "epoll", epoll },
 	{ "terminal", terminal }, { "timerfd", timer_descriptor }, { "signalfd", signal_descriptor }, { "inotify", inotify },
 	{ "pidfd", pid_descriptor }, { "io_uring", ring }, { "userfaultfd", userfault }, { "perf", perf },
-	{ "lease", lease }, { "seccomp", seccomp_filter },
+	{ "lease", lease }, { "seccomp", seccomp_filter }, { "call-dispatch", call_dispatch }, { "ports", ports },
 	{ "sysv-shm", sysv_memory }, { "net-namespace", network_namespace }, { "mount-namespace", mount_namespace },
 	{ "uts-namespace", uts_namespace }, { "user-namespace", user_namespace }, { "shared-files", shared_descriptors },
 	{ "shared-fs", shared_directories }, { "shared-vm", shared_memory_space },
