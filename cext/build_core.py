@@ -30,6 +30,7 @@ UNITS = (
     "gr_chunk_read",
     "gr_scatter",
     "gr_stage",
+    "gr_lazy",
     "gr_plugin",
 )
 # C units that Python does not see, such as the one that carries the agent.
@@ -44,6 +45,11 @@ INTERNAL_UNITS = (
     "gr_workers",
     "gr_pump_queue",
     "gr_pump_fill",
+    "gr_lazy_source",
+    "gr_lazy_mm",
+    "gr_lazy_serve",
+    "gr_lazy_handler",
+    "gr_lazy_keeper",
     "gr_plugin_crash",
     "gr_plugin_symbols",
 )
