@@ -87,6 +87,10 @@ class TaskDiedError(GpurestoreError):
     """A task went away while it was worked on (killed from outside, out of memory)."""
 
 
+class LazyPagesError(GpurestoreError):
+    """Memory of a tree that runs already could not be brought in; the message says what became of the tree."""
+
+
 class CudaError(GpurestoreError):
     """The NVIDIA driver is missing, too old, or refused a call; ``code`` is its CUresult, 0 where no call was made."""
 

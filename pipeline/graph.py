@@ -44,13 +44,14 @@ class Node(NamedTuple):
 PLUGINS, VERIFY, LOAD, CHECK = Node("plugins"), Node("verify"), Node("load"), Node("check")
 PLACE, OPEN_FILES, PLAN, FORK = Node("place"), Node("open files"), Node("plan"), Node("fork")
 SHARED_MEMORY, GROUPS, RELEASE = Node("shared memory"), Node("groups"), Node("release")
+LAZY_HANDLER, FILL = Node("lazy handler"), Node("fill")
 
 
 class TaskFacts(NamedTuple):
     """A living task. ``born_from`` is the parent whose memory must be whole before it is cloned; None: any time.
 
     ``born_after``: another such child of that parent, cloned before it. ``born_with``: the task at whose birth this one
-    is born, too, as its child, or as another one of its parent's.
+    is born, too, as its child, or as another one of its parent's. ``lazy_bytes`` come when it runs already.
     """
 
     pid: int
@@ -59,6 +60,7 @@ class TaskFacts(NamedTuple):
     born_from: int | None = None
     born_after: int | None = None
     born_with: int | None = None
+    lazy_bytes: int = 0
 
     @property
     def behind(self) -> set[int]:
@@ -116,6 +118,7 @@ def facts_of(tree: LoadedTree) -> TreeFacts:
             born_from=task.inherited.parent if task.inherited else None,
             born_after=births.previous.get(pid),
             born_with=births.with_heir.get(pid) if not task.inherited else None,
+            lazy_bytes=task.lazy.total_bytes if task.lazy is not None else 0,
         )
         for pid, task in tree.tasks.items()
     ]
@@ -143,7 +146,8 @@ def head(plugins: Iterable[PluginFacts], *, verify: bool = True) -> Graph:
 def restore(facts: TreeFacts, plugins: Sequence[PluginFacts], *, verify: bool = True) -> Graph:
     """The whole restore of a tree."""
     made = _Builder(head(plugins, verify=verify))
-    made.add(FORK, [PLAN])
+    lazy_bytes = sum(task.lazy_bytes for task in facts.tasks)
+    made.add(FORK, [made.add(LAZY_HANDLER, [PLAN]) if lazy_bytes else PLAN])
     for name in _with(plugins, Hook.POST_FORKING):
         made.add(Node(Hook.POST_FORKING.name, plugin=name), [FORK])
     if facts.shared_bytes:
@@ -152,13 +156,18 @@ def restore(facts: TreeFacts, plugins: Sequence[PluginFacts], *, verify: bool = 
     for task in order:
         _filling(made, task)
     for task in order:
-        late_children = [Node("birth", other.pid) for other in order if other.born_from == task.pid]
-        made.add(Node("protections", task.pid), [_filled(made, task.pid), *late_children])
+        needed = [_filled(made, task.pid), *(Node("birth", o.pid) for o in order if o.born_from == task.pid)]
+        if task.lazy_bytes:
+            # A child that is cloned late keeps what is there already, and gets what comes lazily by itself.
+            needed = [made.add(Node("lazy pages", task.pid), needed)]
+        made.add(Node("protections", task.pid), needed)
     if facts.late_groups:
         made.add(GROUPS, [Node("protections", task.pid) for task in order])
     for task in order:
         _ending(made, task, plugins)
     made.add(RELEASE, made.without_followers())
+    if lazy_bytes:
+        made.add(FILL, [RELEASE], lazy_bytes)
     return made.graph()
 
 

@@ -10,13 +10,15 @@ from typing import Any
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.tasks import births, cores, cpu, inherited, memory, mm, numa, pstree, shmem, vdso
+from gpurestore.tasks import births, cores, cpu, inherited, lazy, memory, mm, numa, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
 from gpurestore.tasks.facts import load as load_facts
 from gpurestore.tasks.inherited import Inherited
+from gpurestore.tasks.lazy import FaultOrder
 from gpurestore.tasks.memory import PagePlan, Ways, hugepages
+from gpurestore.tasks.memory.lazy import LazyPlan
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 from gpurestore.tasks.shmem import SharedObject
@@ -39,6 +41,7 @@ class LoadedTask:
     fs: pb.fs_entry
     pages: PagePlan
     inherited: Inherited | None = None
+    lazy: LazyPlan | None = None  # what comes when the task runs already
 
     @property
     def pid(self) -> int:
@@ -82,9 +85,13 @@ class LoadedTree:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all pages that a restore brings back."""
-        return sum(task.pages.total_bytes for task in self.tasks.values()) + sum(
-            plan.total_bytes for plan in self.shared.values()
-        )
+        private = sum(task.pages.total_bytes for task in self.tasks.values())
+        return private + self.lazy_bytes + sum(plan.total_bytes for plan in self.shared.values())
+
+    @property
+    def lazy_bytes(self) -> int:
+        """Those that come when the tree runs already."""
+        return sum(task.lazy.total_bytes for task in self.tasks.values() if task.lazy is not None)
 
 
 def plugins_of(folder: ImageFolder) -> tuple[str, ...]:
@@ -92,10 +99,16 @@ def plugins_of(folder: ImageFolder) -> tuple[str, ...]:
     return tuple(folder.inventory.plugins_entry.plugins)
 
 
-def load(folder: ImageFolder, openers: Openers | None = None, ways: Ways = memory.DEFAULT_WAYS) -> LoadedTree:
+def load(
+    folder: ImageFolder,
+    openers: Openers | None = None,
+    ways: Ways = memory.DEFAULT_WAYS,
+    fault_order: FaultOrder | None = None,
+) -> LoadedTree:
     """Read every image of a tree. Raises ImageError when one is missing, damaged, or contradicts another.
 
-    ``openers`` gives back the files that device plugins claimed, ``ways`` says how memory shall come in.
+    ``openers`` gives back the files that device plugins claimed, ``ways`` says how memory shall come in. With a
+    ``fault_order``, be it empty, it comes lazily as far as it can.
     """
     entries = pstree.checked(folder.read("pstree"))
     extension = folder.manifest.extension if folder.manifest is not None else {}
@@ -110,6 +123,8 @@ def load(folder: ImageFolder, openers: Openers | None = None, ways: Ways = memor
     mms = {pid: task.mm for pid, task in tasks.items()}
     for pid, found in inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms).items():
         tasks[pid].inherited = found
+    if fault_order is not None:
+        _make_lazy(folder, tasks, fault_order)
     objects = shmem.objects(mms)
     return LoadedTree(
         folder,
@@ -145,6 +160,25 @@ def _load_task(
     pages = memory.plan_pages(folder, pid, space, huge=hugepages.blocks(ways.hugepages, mm_facts))
     own_facts = facts.get(pid, ProcessFacts())
     return LoadedTask(entry, threads, own_facts, space, mm_facts, folder.read_one("fs", pid), pages)
+
+
+def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order: FaultOrder) -> None:
+    """Leave to a handler what can come late."""
+    if any(task.pages.compressed is not None for task in tasks.values()):
+        raise ImageError(
+            f"{folder.path}: compressed pages cannot be restored lazily: leave out --lazy, or dump without --compress"
+        )
+    late = lazy.plan_tree(
+        folder,
+        {pid: task.mm for pid, task in tasks.items()},
+        {pid: list(task.cores.values()) for pid, task in tasks.items()},
+        {pid: task.inherited for pid, task in tasks.items() if task.inherited is not None},
+        fault_order,
+    )
+    for pid, (later, plan, inherited_part) in late.items():
+        task = tasks[pid]
+        task.pages = memory.plan_pages(folder, pid, task.mm, later=later)
+        task.lazy, task.inherited = plan, inherited_part
 
 
 def check(tree: LoadedTree, restorer: Restorer) -> list[Finding]:

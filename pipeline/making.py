@@ -19,6 +19,7 @@ from gpurestore.errors import CancelledError, GpurestoreError, NeedsPersonError
 from gpurestore.pipeline.devices import Devices
 from gpurestore.pipeline.filling import THREAD_FLAGS, Filling
 from gpurestore.pipeline.graph import FORK, RELEASE, Node
+from gpurestore.pipeline.lazy import LazyPages
 from gpurestore.pipeline.load import LoadedTree
 from gpurestore.pipeline.plan import RestorePlan, TaskPlan
 from gpurestore.pipeline.stages import Stages
@@ -42,8 +43,9 @@ class Making:
         region: core.Region,
         tracer: core.Tracer,
         pages: dict[int, memory.PagesSource],
+        lazy: LazyPages,
     ) -> None:
-        self._stages, self._devices = stages, devices
+        self._stages, self._devices, self._lazy = stages, devices, lazy
         self._tree, self._plan = tree, planned
         self._region, self._tracer = region, tracer
         self._filling = Filling(stages, restorer.pid_max, tree, planned, region, tracer, pages)
@@ -83,6 +85,8 @@ class Making:
                 await self._devices.act(node)
             case Node(name="memory", pid=int(pid)):
                 await self._filling.task(self._tree.tasks[pid], span)
+            case Node(name="lazy pages", pid=int(pid)):
+                await self._run(self._lazy.take, pid, self._plan, self._region)
             case Node(name="shared memory"):
                 await self._filling.shared(self._shared, span)
             case Node(name="fork"):
@@ -176,6 +180,7 @@ class Making:
         # Children first, so that a parent that looks at once finds them there.
         for task in reversed(self._plan.tasks.values()):
             self._tracer.resume(task.pid, task.stop_signal)
+        self._lazy.release()
 
     def undo(self, error: BaseException) -> None:
         """Kill and reap whatever was created."""

@@ -58,6 +58,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--graph", metavar="FILE", type=Path, help="with --dry-run: draw the stages into FILE (.svg, .png, .dot)"
     )
+    add_lazy_options(parser)
     parser.add_argument(
         "--gpu-map",
         metavar="OLD=NEW",
@@ -92,9 +93,26 @@ def _add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lazy_options(parser: argparse.ArgumentParser) -> None:
+    """``--lazy`` and what belongs to it."""
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="let the tree run at once; its memory comes when it is touched, and in the background",
+    )
+    parser.add_argument(
+        "--record-faults", metavar="FILE", type=Path, help="with --lazy: write down which pages were wanted first"
+    )
+    parser.add_argument(
+        "--fault-order", metavar="FILE", type=Path, help="with --lazy: fill in the order that --record-faults wrote"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Do it."""
     set_up_log(args.log_file, args.verbose)
+    if not args.lazy and (args.fault_order or args.record_faults):
+        raise UsageError("--fault-order and --record-faults are about --lazy: name it, too")
     if args.dry_run:
         return _print_plan(args)
     if args.graph is not None:
@@ -120,6 +138,9 @@ def run(args: argparse.Namespace) -> int:
             trace=args.trace,
             progress=progress,
             plugins=plugin_settings(args),
+            lazy=args.lazy,
+            fault_order=args.fault_order,
+            record_faults=args.record_faults,
         )
 
     if args.restore_detached:

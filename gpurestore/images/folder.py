@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -195,14 +195,24 @@ class ImageFolder:
         finally:
             os.close(fd)
 
-    def verify(self, jobs: int | None = None, cancel: Cancel = lambda: False, *, everything: bool = False) -> int:
+    def verify(
+        self,
+        jobs: int | None = None,
+        cancel: Cancel = lambda: False,
+        *,
+        everything: bool = False,
+        leave_out: Callable[[str], bool] | None = None,
+    ) -> int:
         """Check the checksum of every file; returns the bytes read. Without a manifest there is nothing to check by.
 
-        Large files that nobody wrote to since the dump are left out unless ``everything`` is asked for.
+        Large files that nobody wrote to since the dump are left out unless ``everything`` is asked for. ``leave_out``
+        is asked by name about the others.
         """
         if self.manifest is None:
             return 0
-        expected = self.manifest.files if everything else self._changed()
+        expected = dict(self.manifest.files) if everything else self._changed()
+        if leave_out is not None:
+            expected = {name: record for name, record in expected.items() if not leave_out(name)}
         summed = {name for name, record in expected.items() if record.crc64_nvme}
         with self._named():
             found = hash_files(self._dir_fd, {name: r.bytes for name, r in expected.items()}, jobs, cancel, summed)

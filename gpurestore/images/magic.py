@@ -117,6 +117,11 @@ def pages_file_name(pages_id: int) -> str:
     return f"pages-{pages_id}.img"
 
 
+def is_pages_file(name: str) -> bool:
+    """Whether a file of an image folder holds pages."""
+    return name.startswith("pages-")
+
+
 def parse_file_name(name: str) -> tuple[ImageKind, int | None] | None:
     """The kind and ident that ``name`` stands for, or None when no kind of ours is called so."""
     kind = KINDS.get(name)

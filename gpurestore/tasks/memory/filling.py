@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -126,15 +127,17 @@ def plan_pages(
     mm: pb.mm_entry,
     chunk_bytes: int = CHUNK_BYTES,
     huge: HugeBlocks | None = None,
+    later: Collection[int] = (),
 ) -> PagePlan:
     """Check the pagemap of a task against its mappings and its pages image. Raises ImageError; changes nothing.
 
-    ``mm`` went through :func:`gpurestore.tasks.mm.validate`.
+    ``mm`` went through :func:`gpurestore.tasks.mm.validate`. What lies in the mappings whose starts are in ``later`` is
+    checked, but left out.
     """
     vmas = [vma for vma in mm.vmas if not vmaflags.is_guard(vma) and not vma.status & vmaflags.VSYSCALL]
     if mm.thp_disabled or not hugepages.anonymous_are_available():
         huge = None
-    kinds = bytes(_pump_kind(vma, huge is not None) for vma in vmas)
+    kinds = bytes(_SKIP if vma.start in later else _pump_kind(vma, huge is not None) for vma in vmas)
     starts, ends = array("Q", [vma.start for vma in vmas]), array("Q", [vma.end for vma in vmas])
     return _plan(folder, "pagemap", pid, (starts, ends, kinds), chunk_bytes, huge)
 

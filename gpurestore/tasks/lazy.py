@@ -1,0 +1,225 @@
+"""Lazy restore: which memory of a tree may come when it runs already, and in which order it is wanted.
+
+Only private anonymous memory comes late. The kernel does not report missing pages of private file mappings; locked
+memory, memory that is wiped on fork and shared memory are filled before the tree runs. The handler that brings the
+pages is in :mod:`gpurestore.tasks.memory.lazy`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from gpurestore.errors import GpurestoreError
+from gpurestore.images import pb
+from gpurestore.images.magic import pages_file_name
+from gpurestore.images.pagemap import read_pagemap
+from gpurestore.tasks import inherited, vmaflags
+from gpurestore.tasks.inherited import Inherited, Source
+from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory import PageRuns
+from gpurestore.tasks.memory.lazy import LazyPlan, Span
+
+if TYPE_CHECKING:
+    from gpurestore.images.folder import ImageFolder
+
+FaultOrder = Mapping[int, Sequence[int]]  # addresses by pid
+
+# What a thread needs as soon as it runs: below its stack pointer the red zone, above it some frames.
+_STACK_BELOW: Final = PAGE_BYTES
+_STACK_ABOVE: Final = 8 * PAGE_BYTES
+# One recorded fault stands for the block that came with it.
+_FAULT_BYTES: Final = 16 * PAGE_BYTES
+
+
+class LateMemory(NamedTuple):
+    """What of a task's memory comes late: ``later`` are the starts of the mappings that are left out at first.
+
+    ``inherited`` is what is left to have from the parent at birth.
+    """
+
+    later: frozenset[int]
+    plan: LazyPlan | None
+    inherited: Inherited | None
+
+
+def plan_tree(
+    folder: ImageFolder,
+    mms: Mapping[int, pb.mm_entry],
+    cores: Mapping[int, Sequence[pb.core_entry]],
+    heirs: Mapping[int, Inherited],
+    fault_order: FaultOrder,
+) -> dict[int, LateMemory]:
+    """Decide it for all tasks, parents first. For images that were checked (plan_pages, inherited.load).
+
+    A child cannot have from its parent what comes late: it gets pages of its own, from the parent's pages image.
+    """
+    pagemaps = {pid: read_pagemap(folder, "pagemap", pid) for pid in mms} if heirs else {}
+    found: dict[int, LateMemory] = {}
+    for pid, mm in mms.items():
+        heir = heirs.get(pid)
+        from_parent = found[heir.parent].later if heir is not None else frozenset()
+        bases = heir.bases if heir is not None else {}
+        later = frozenset(
+            vma.start
+            for vma in mm.vmas
+            if is_lazy(vma) or (vma.start in bases and bases[vma.start].start in from_parent)
+        )
+        sources = inherited.resolve(pid, heirs, pagemaps) if heir is not None else []
+        plan = _plan(folder, pid, [vma for vma in mm.vmas if vma.start in later], cores[pid], sources, fault_order)
+        found[pid] = LateMemory(later, plan, _without(heir, mm, later) if heir is not None else None)
+    return found
+
+
+def _without(heir: Inherited, mm: pb.mm_entry, later: Collection[int]) -> Inherited | None:
+    """What a task still has from its parent when some of its mappings come late."""
+    bases = {start: base for start, base in heir.bases.items() if start not in later}
+    if not bases:
+        return None
+    kept = PageRuns.of_ranges([(vma.start, vma.end) for vma in mm.vmas if vma.start in bases])
+    return Inherited(heir.parent, heir.runs & kept, bases, heir.dropped & kept)
+
+
+def is_lazy(vma: pb.vma_entry) -> bool:
+    """Whether the pages of a mapping may come after the task runs."""
+    if not (vmaflags.is_private(vma) and vma.status & vmaflags.ANON_PRIVATE):
+        return False
+    # A child must find memory that is wiped on fork empty, whatever its parent has there.
+    wiped = vma.madv >> vmaflags.MADV_WIPEONFORK & 1
+    return not wiped and not vma.flags & (vmaflags.MAP_LOCKED | vmaflags.MAP_DROPPABLE | vmaflags.MAP_HUGETLB)
+
+
+def _plan(
+    folder: ImageFolder,
+    pid: int,
+    vmas: Sequence[pb.vma_entry],
+    cores: Sequence[pb.core_entry],
+    sources: Sequence[Source],
+    fault_order: FaultOrder,
+) -> LazyPlan | None:
+    places = _places(folder, pid, sources)
+    # How many pages lie before each run.
+    before = array("Q", accumulate(places.nr_pages, initial=0))
+
+    def stored(vma: pb.vma_entry) -> int:
+        return _up_to(places, before, vma.end) - _up_to(places, before, vma.start)
+
+    touched = [vma for vma in vmas if stored(vma)]
+    if not touched:
+        return None
+    hot = [span for core in cores for span in _hot(core)]
+    recorded = [(address, address + _FAULT_BYTES) for address in fault_order.get(pid, ())]
+    return LazyPlan(
+        pid=pid,
+        ranges=tuple((vma.start, vma.end) for vma in touched),
+        order=(*hot, *recorded, *_by_need(touched, cores)),
+        nr_hot=len(hot),
+        files=tuple(pages_file_name(ident) for ident in places.pages_ids),
+        vaddrs=places.vaddrs,
+        nr_pages=places.nr_pages,
+        page_offsets=places.page_offsets,
+        file_of=places.file_of,
+        total_bytes=sum(map(stored, touched)) * PAGE_BYTES,
+    )
+
+
+class _Places(NamedTuple):
+    """Where the pages of a task are stored, ascending by address."""
+
+    vaddrs: array[int]
+    nr_pages: array[int]
+    page_offsets: array[int]
+    file_of: array[int]
+    pages_ids: Sequence[int]
+
+
+def _places(folder: ImageFolder, pid: int, sources: Sequence[Source]) -> _Places:
+    """Its own pages image, and for what it has from its parent that one's."""
+    pagemap = read_pagemap(folder, "pagemap", pid)
+    offsets = array("Q", accumulate(pagemap.nr_pages, initial=0))[:-1]
+    if not sources:
+        ours = array("I", bytes(4 * len(pagemap)))
+        return _Places(pagemap.vaddrs, pagemap.nr_pages, offsets, ours, (pagemap.pages_id,))
+    own = map(Source, pagemap.vaddrs, pagemap.nr_pages, [pagemap.pages_id] * len(pagemap), offsets)
+    both = sorted([*own, *sources])
+    idents = sorted({source.pages_id for source in both})
+    return _Places(
+        array("Q", [source.vaddr for source in both]),
+        array("Q", [source.nr_pages for source in both]),
+        array("Q", [source.page for source in both]),
+        array("I", [idents.index(source.pages_id) for source in both]),
+        idents,
+    )
+
+
+def _up_to(places: _Places, before: array[int], address: int) -> int:
+    """How many pages are stored below ``address``."""
+    at = bisect.bisect(places.vaddrs, address) - 1
+    if at < 0:
+        return 0
+    return before[at] + min(places.nr_pages[at], (address - places.vaddrs[at]) // PAGE_BYTES)
+
+
+def _hot(core: pb.core_entry) -> list[Span]:
+    """Memory that a thread, or the kernel on its behalf, touches first.
+
+    The thread's own block must be there also because an exiting thread cannot wait for a page.
+    """
+    info, thread = core.thread_info, core.thread_core
+    regs = info.gpregs
+    spans = [(regs.sp - _STACK_BELOW, regs.sp + _STACK_ABOVE)]
+    spans += [_page_at(address) for address in (regs.ip, info.clear_tid_addr, thread.futex_rla)]
+    spans.append((regs.fs_base - PAGE_BYTES, regs.fs_base + PAGE_BYTES))
+    pages = [(start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES) for start, end in spans]
+    return [(start, end) for start, end in pages if 0 <= start < end < 1 << 63]
+
+
+def _page_at(address: int) -> Span:
+    return address, address + 1
+
+
+def _by_need(vmas: Sequence[pb.vma_entry], cores: Sequence[pb.core_entry]) -> list[Span]:
+    """All of the mappings: stacks from their pointers up, the heap, then the others, small ones first."""
+    stacks, heap, others = [], [], []
+    pointers = sorted(core.thread_info.gpregs.sp for core in cores)
+    for vma in vmas:
+        at = bisect.bisect_left(pointers, vma.start)
+        if at < len(pointers) and pointers[at] < vma.end:
+            stacks.append((pointers[at] // PAGE_BYTES * PAGE_BYTES, vma.end))
+            others.append((vma.start, vma.end))
+        elif vma.status & vmaflags.HEAP:
+            heap.append((vma.start, vma.end))
+        else:
+            others.append((vma.start, vma.end))
+    return stacks + heap + sorted(others, key=lambda span: span[1] - span[0])
+
+
+# ---- the order of faults, from one restore to the next
+
+
+def read_fault_order(path: Path) -> dict[int, list[int]]:
+    """What a handler recorded: addresses by pid, in order. Raises GpurestoreError."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise GpurestoreError(f"cannot read the order of faults {path}: {error.strerror}") from error
+    order: dict[int, list[int]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            pid, address = line.split()
+            order.setdefault(int(pid), []).append(_checked_address(int(address, 16)))
+        except ValueError as error:
+            raise GpurestoreError(
+                f"{path}: line {number} is not the pid and the address of a fault, as --record-faults writes them"
+            ) from error
+    return order
+
+
+def _checked_address(address: int) -> int:
+    if not 0 <= address < 1 << 63 or address % PAGE_BYTES:
+        raise ValueError(f"{address:#x} is no address of a page")
+    return address

@@ -1,0 +1,162 @@
+"""The lazy part of a restore: a handler process takes over the memory of every task, and goes on when we are done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import stat
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from gpurestore import core
+from gpurestore.errors import GpurestoreError, LazyPagesError
+from gpurestore.pipeline.load import LoadedTree
+from gpurestore.pipeline.plan import RestorePlan
+from gpurestore.pipeline.stages import Stages
+from gpurestore.tasks.lazy import read_fault_order
+from gpurestore.tasks.memory import lazy
+from gpurestore.tasks.memory.lazy import LazyHandler, LazyStatus
+
+
+@dataclass(frozen=True, slots=True)
+class LazySettings:
+    """``fault_order``: a file with faults of an earlier restore, to fill in that order. ``record``: one to write."""
+
+    fault_order: Path | None = None
+    record: Path | None = None
+    detached: bool = False
+
+    def read_order(self) -> dict[int, list[int]]:
+        """Faults of an earlier restore, by pid."""
+        return {} if self.fault_order is None else read_fault_order(self.fault_order)
+
+
+class LazyFill:
+    """The memory of a restored tree that is still to come. The handler needs nobody to wait for it.
+
+    Letting go of this object, or the end of this process, changes nothing for the tree.
+    """
+
+    def __init__(self, handler: LazyHandler) -> None:
+        self._handler = handler
+
+    def __repr__(self) -> str:
+        status = self.status
+        return f"<LazyFill by {status.handler_pid}: {status.done_bytes} of {status.total_bytes} bytes>"
+
+    @property
+    def status(self) -> LazyStatus:
+        """How far it is, in bytes, and who does it."""
+        return self._handler.status
+
+    async def wait(self) -> LazyStatus:
+        """Wait until all memory is in place, or the tree is gone. Raises LazyPagesError if it had to be killed."""
+        await trio.lowlevel.wait_readable(self._handler.fileno())
+        return self._ended()
+
+    def wait_sync(self) -> LazyStatus:
+        """:meth:`wait` for callers without a trio loop."""
+        select.select([self._handler.fileno()], [], [])
+        return self._ended()
+
+    def _ended(self) -> LazyStatus:
+        status = self.status
+        with suppress(ChildProcessError):  # ours only where this process adopts orphans
+            os.waitpid(status.handler_pid, os.WNOHANG)
+        if status.message:
+            raise LazyPagesError(f"lazy restore: {status.message}")
+        if not status.ended:
+            raise LazyPagesError("lazy restore: the handler and its keeper were both killed; do not trust the tree")
+        return status
+
+
+class LazyPages:
+    """The handler during a restore, if some task takes pages lazily.
+
+    A context: left before the release, the handler ends and takes its tasks along.
+    """
+
+    def __init__(self, stages: Stages, tree: LoadedTree, settings: LazySettings) -> None:
+        self._stages, self._tree, self._settings = stages, tree, settings
+        self._plans = {pid: task.lazy for pid, task in tree.tasks.items() if task.lazy is not None}
+        self._handler: LazyHandler | None = None
+        self._released = False
+
+    def __enter__(self) -> LazyPages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None and not self._released:
+            self._handler.close()
+
+    def start(self) -> None:
+        """Fork the handler. Blocks."""
+        with ExitStack() as stack:
+            record_fd = -1
+            if self._settings.record is not None:
+                record_fd = _create(self._settings.record)
+                stack.callback(os.close, record_fd)
+            self._handler = LazyHandler(
+                self._tree.folder,
+                list(self._plans.values()),
+                jobs=self._stages.jobs,
+                report_fds=report_fds(self._settings.detached),
+                record_fd=record_fd,
+            )
+
+    def take(self, pid: int, planned: RestorePlan, region: core.Region) -> None:
+        """Hand the memory of a task, which nobody has touched yet, over to the handler. Blocks."""
+        assert self._handler is not None
+        cancel = self._stages.blocking.cancel
+        slot, plan = planned.slots[pid], self._plans[pid]
+        fd = region.run(slot, pid, lazy.plan_userfaultfd(), cancel)[0].result
+        region.run(slot, pid, lazy.plan_register(fd, plan.ranges), cancel)
+        pidfd = os.pidfd_open(pid)
+        try:
+            uffd = core.pidfd_getfd(pidfd, fd)
+        finally:
+            os.close(pidfd)
+        try:
+            region.run(slot, pid, lazy.plan_close(fd), cancel)
+            self._handler.add(pid, uffd, cancel)
+        finally:
+            os.close(uffd)
+
+    def release(self) -> None:
+        """The tree runs. Blocks for a moment."""
+        if self._handler is not None:
+            self._handler.release()
+            self._released = True
+
+    @property
+    def fill(self) -> LazyFill | None:
+        """What is still to come, once the tree runs; None where there is nothing."""
+        return LazyFill(self._handler) if self._handler is not None else None
+
+
+def _create(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise GpurestoreError(f"cannot write the order of faults {path}: {error.strerror}") from error
+
+
+def report_fds(detached: bool) -> list[int]:
+    """Where a handler says that it had to kill the tree: the log, and stderr.
+
+    A command that ends before the handler does must not leave its pipes open behind it: who reads them waits for their
+    end. Then stderr counts only where it is a terminal or a file.
+    """
+    fds = []
+    for handler in logging.getLogger("gpurestore").handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            fds.append(handler.stream.fileno())
+    with suppress(OSError):
+        mode = os.fstat(2).st_mode
+        if not detached or stat.S_ISREG(mode) or os.isatty(2):
+            fds.append(2)
+    return fds
