@@ -117,7 +117,7 @@ static int by_number(const void *a, const void *b)
 /* Nothing of the main process's may stay open: a pipe would never end, a file never be free. */
 static int close_others(const struct gr_lazy_handler *handler)
 {
-	uint64_t nr = 2 + handler->options.nr_report_fds, at = 0;
+	uint64_t nr = 3 + handler->options.nr_report_fds, at = 0;
 	unsigned int from = 0;
 	int *keep;
 
@@ -128,6 +128,7 @@ static int close_others(const struct gr_lazy_handler *handler)
 		return -ENOMEM;
 	keep[at++] = handler->control;
 	keep[at++] = handler->options.record_fd;
+	keep[at++] = handler->options.log_fd;
 	for (uint64_t i = 0; i < handler->options.nr_report_fds; i++)
 		keep[at++] = handler->options.report_fds[i];
 	for (uint64_t i = 0; i < handler->nr_sources; i++)

@@ -45,6 +45,7 @@ struct gr_lazy_options {
 	uint32_t wait_for_ms; /* fill only after so long without a fault; 0: at once */
 	const int *report_fds; /* where the handler and the keeper say, in one line, what became of them */
 	uint64_t nr_report_fds;
+	int log_fd;            /* takes one line when all memory is in place; -1: nobody asked */
 	int record_fd;         /* takes the faults, one line each, in the order of their coming; -1: nobody asked */
 };
 
@@ -53,6 +54,7 @@ enum gr_lazy_state { GR_LAZY_WAITING, GR_LAZY_FILLING, GR_LAZY_FILLED, GR_LAZY_E
 struct gr_lazy_status {
 	uint64_t done_bytes;  /* in place, or no longer wanted */
 	uint64_t total_bytes; /* grows with every fork of a task that still misses pages */
+	uint64_t lost_bytes;  /* of done_bytes: the task that missed them ended, or ran another program */
 	uint64_t nr_faults;
 	uint64_t released_ns; /* CLOCK_MONOTONIC */
 	uint64_t filled_ns;

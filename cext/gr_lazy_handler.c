@@ -142,6 +142,7 @@ void gr_lazy_finish(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm)
 		close(mm->uffd);
 		if (watched->pidfd >= 0)
 			close(watched->pidfd);
+		__atomic_fetch_add(&shared->status.lost_bytes, mm->remaining << GR_PAGE_SHIFT, __ATOMIC_RELAXED);
 		__atomic_fetch_add(mm->done_bytes, mm->remaining << GR_PAGE_SHIFT, __ATOMIC_RELAXED);
 		gr_lazy_mm_let_go(mm);
 		*watched = (struct gr_lazy_watched){ -1, 0, -1 };
@@ -220,6 +221,15 @@ static bool listen_to_main(struct gr_lazy_handler *handler)
 
 /* ---- the end */
 
+static void write_log(const struct gr_lazy_handler *handler)
+{
+	const struct gr_lazy_status *status = &handler->shared->status;
+
+	if (handler->options.log_fd >= 0)
+		dprintf(handler->options.log_fd, "lazy restore: %lu of %lu bytes in place %.3f s after the release, %lu faults\n",
+			status->done_bytes - status->lost_bytes, status->total_bytes, (double)(status->filled_ns - status->released_ns) / 1e9, status->nr_faults);
+}
+
 static void write_record(const struct gr_lazy_handler *handler)
 {
 	for (uint64_t i = 0; handler->options.record_fd >= 0 && i < handler->nr_record; i++)
@@ -238,8 +248,10 @@ _Noreturn static void end(struct gr_lazy_handler *handler, enum gr_lazy_state st
 		snprintf(line, sizeof(line), "gpurestore: lazy restore: %s\n", status->message);
 		gr_lazy_report(&handler->options, line);
 	}
-	if (state == GR_LAZY_FILLED)
+	if (state == GR_LAZY_FILLED) {
 		write_record(handler);
+		write_log(handler);
+	}
 	/* The keeper looks at the state when we are gone. */
 	__atomic_store_n(&status->state, (int)state, __ATOMIC_RELEASE);
 	tell(handler, GR_LAZY_END, state == GR_LAZY_FAILED, status->message);

@@ -7,7 +7,7 @@ import os
 import select
 import stat
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
@@ -35,18 +35,17 @@ class LazySettings:
         return {} if self.fault_order is None else read_fault_order(self.fault_order)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class LazyFill:
     """The memory of a restored tree that is still to come. The handler needs nobody to wait for it.
 
     Letting go of this object, or the end of this process, changes nothing for the tree.
     """
 
-    def __init__(self, handler: LazyHandler) -> None:
-        self._handler = handler
-
-    def __repr__(self) -> str:
-        status = self.status
-        return f"<LazyFill by {status.handler_pid}: {status.done_bytes} of {status.total_bytes} bytes>"
+    handler_pid: int
+    keeper_pid: int
+    total_bytes: int
+    _handler: LazyHandler = field(repr=False)
 
     @property
     def status(self) -> LazyStatus:
@@ -104,7 +103,8 @@ class LazyPages:
                 self._tree.folder,
                 list(self._plans.values()),
                 jobs=self._stages.jobs,
-                report_fds=report_fds(self._settings.detached),
+                report_fds=[*log_fds(), *stderr_fds(self._settings.detached)],
+                log_fd=next(iter(log_fds()), -1),
                 record_fd=record_fd,
             )
 
@@ -135,7 +135,10 @@ class LazyPages:
     @property
     def fill(self) -> LazyFill | None:
         """What is still to come, once the tree runs; None where there is nothing."""
-        return LazyFill(self._handler) if self._handler is not None else None
+        if self._handler is None:
+            return None
+        status = self._handler.status
+        return LazyFill(status.handler_pid, status.keeper_pid, status.total_bytes, self._handler)
 
 
 def _create(path: Path) -> int:
@@ -145,18 +148,19 @@ def _create(path: Path) -> int:
         raise GpurestoreError(f"cannot write the order of faults {path}: {error.strerror}") from error
 
 
-def report_fds(detached: bool) -> list[int]:
-    """Where a handler says that it had to kill the tree: the log, and stderr.
+def log_fds() -> list[int]:
+    """The file of ``-o``, if there is one."""
+    handlers = logging.getLogger("gpurestore").handlers
+    return [h.stream.fileno() for h in handlers if isinstance(h, logging.FileHandler) and h.stream is not None]
+
+
+def stderr_fds(detached: bool) -> list[int]:
+    """Stderr, for a handler to say that it had to kill the tree.
 
     A command that ends before the handler does must not leave its pipes open behind it: who reads them waits for their
     end. Then stderr counts only where it is a terminal or a file.
     """
-    fds = []
-    for handler in logging.getLogger("gpurestore").handlers:
-        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
-            fds.append(handler.stream.fileno())
     with suppress(OSError):
-        mode = os.fstat(2).st_mode
-        if not detached or stat.S_ISREG(mode) or os.isatty(2):
-            fds.append(2)
-    return fds
+        if not detached or stat.S_ISREG(os.fstat(2).st_mode) or os.isatty(2):
+            return [2]
+    return []

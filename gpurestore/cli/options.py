@@ -140,7 +140,8 @@ def to_data(value: Any) -> Any:
     import dataclasses
 
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        names = (field.name for field in dataclasses.fields(value) if not field.name.startswith("_"))
+        return {name: to_data(getattr(value, name)) for name in names}
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):

@@ -12,13 +12,17 @@ from gpurestore.errors import Finding
 from gpurestore.tasks import vmaflags
 from gpurestore.tasks.maps import PROT_EXEC, Vma, parse_maps_line
 
+_WATCHED = (
+    "memory watched by userfaultfd",
+    "the one who handles its faults cannot be restored; after a lazy restore, wait until all memory is in place",
+)
 # VmFlags that stand for something which a restore could not make again.
 _REFUSED_FLAGS = {
     "io": ("device memory", "its content belongs to a device for which no plugin speaks"),
     "pf": ("device memory", "its content belongs to a device for which no plugin speaks"),
-    "um": ("memory watched by userfaultfd", "the one who handles its faults cannot be restored"),
-    "uw": ("memory watched by userfaultfd", "the one who handles its faults cannot be restored"),
-    "ui": ("memory watched by userfaultfd", "the one who handles its faults cannot be restored"),
+    "um": _WATCHED,
+    "uw": _WATCHED,
+    "ui": _WATCHED,
     "ss": ("a shadow stack", "shadow stacks are not supported"),
     "ht": ("huge pages of hugetlbfs", "hugetlb memory is not supported; transparent huge pages are"),
     "sl": ("a sealed mapping (mseal)", "seals are not supported"),

@@ -64,6 +64,7 @@ class LazyStatus:
 
     done_bytes: int
     total_bytes: int
+    lost_bytes: int  # of those done: nobody was there any more who wanted them
     nr_faults: int
     released_ns: int
     filled_ns: int
@@ -133,9 +134,10 @@ class LazyHandler:
         *,
         jobs: int | None = None,
         report_fds: Sequence[int] = (),
+        log_fd: int = -1,
         record_fd: int = -1,
     ) -> None:
-        """Fork it. ``report_fds`` take the line that says why a tree was killed. Raises CoreError."""
+        """Fork it. ``report_fds`` take the line that says why a tree was killed, ``log_fd`` the one of a good end."""
         err, out = new_error(), ffi.new("struct gr_lazy **")
         with ExitStack() as stack:
             keep: list[Any] = []
@@ -146,6 +148,7 @@ class LazyHandler:
                 "wait_for_ms": _RECORD_QUIET_MS if record_fd >= 0 else 0,
                 "report_fds": reports,
                 "nr_report_fds": len(report_fds),
+                "log_fd": log_fd,
                 "record_fd": record_fd,
             }
             c_options = ffi.new("struct gr_lazy_options *", options)
@@ -184,6 +187,7 @@ class LazyHandler:
         return LazyStatus(
             done_bytes=raw.done_bytes,
             total_bytes=raw.total_bytes,
+            lost_bytes=raw.lost_bytes,
             nr_faults=raw.nr_faults,
             released_ns=raw.released_ns,
             filled_ns=raw.filled_ns,

@@ -1,7 +1,7 @@
 /*
  * A task with memory that comes late: it is touched while it comes, by many threads, by forks, through system calls, and
  * is moved, given back and unmapped on the way. No page may ever hold anything but what was there before, or zeros where
- * it was given back.
+ * it was given back. Arguments: how many blocks of 256 KiB to hold; "slow" to touch them one by one all the time.
  */
 #include "victim.h"
 #include <pthread.h>
@@ -33,13 +33,23 @@ static uint64_t draw(uint64_t *state)
 	return *state;
 }
 
+/* Never lets more than a moment pass without a fault, as long as pages are missing. */
+static void *touch_slowly(void *unused)
+{
+	for (size_t number = 0; !stop; number = (number + 1) % nr_blocks) {
+		CHECK(block_is_right(number), "block %zu is wrong", number);
+		victim_nap(40);
+	}
+	return unused;
+}
+
 static void *touch_randomly(void *argument)
 {
 	uint64_t state = (uintptr_t)argument * 77 + 1;
 
 	while (!victim_exists("go"))
 		victim_nap(1);
-	for (size_t i = 0; i < nr_blocks && !stop; i++) {
+	for (size_t i = 0; i < nr_blocks; i++) {
 		size_t number = draw(&state) % nr_blocks;
 
 		CHECK(block_is_right(number), "block %zu is wrong in thread %zu", number, (size_t)argument);
@@ -154,7 +164,7 @@ static void check_system_calls(unsigned char *area, size_t size, uint64_t seed)
 
 int main(int argc, char **argv)
 {
-	pthread_t threads[NR_THREADS];
+	pthread_t threads[NR_THREADS], slow;
 	unsigned char *areas[6];
 	const size_t size = 8 << 20;
 
@@ -174,6 +184,8 @@ int main(int argc, char **argv)
 	}
 	for (uintptr_t i = 0; i < NR_THREADS; i++)
 		MUST(!pthread_create(&threads[i], NULL, touch_randomly, (void *)i));
+	if (argc > 3)
+		MUST(!pthread_create(&slow, NULL, touch_slowly, NULL));
 	victim_ready();
 	victim_wait();
 	check_given_back(areas[0], size);
@@ -185,6 +197,8 @@ int main(int argc, char **argv)
 	check_system_calls(areas[4], size, 1004);
 	for (int i = 0; i < NR_THREADS; i++)
 		CHECK(!pthread_join(threads[i], NULL), "a thread cannot be joined");
+	stop = 1;
+	CHECK(argc <= 3 || !pthread_join(slow, NULL), "the slow thread cannot be joined");
 	for (size_t i = 0; i < nr_blocks; i++)
 		CHECK(block_is_right(i), "block %zu is wrong at the end", i);
 	CHECK(victim_filled(areas[5], size, 1005), "untouched memory is wrong at the end");
