@@ -58,6 +58,7 @@ int cuCheckpointProcessCheckpoint(int, CUcheckpointCheckpointArgs *);
 int cuCheckpointProcessRestore(int, CUcheckpointRestoreArgs *);
 int cuCheckpointProcessUnlock(int, CUcheckpointUnlockArgs *);
 int cuCheckpointOperationComplete(void *);
+int cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
 """
 _ARGUMENTS = ("Lock", "Unlock", "Checkpoint", "Restore")
 _CALLS = ("GetState", "GetRestoreThreadId", "Lock", "Checkpoint", "Restore", "Unlock")
@@ -103,6 +104,11 @@ def _ffi() -> Any:
     if ffi.sizeof("CUcheckpointGpuPair") != 32 or ffi.sizeof("CUcheckpointCustomStorageInfo") != 24:
         raise AssertionError("the CUDA structures are not laid out as the driver's")
     return ffi
+
+
+def ffi_of_driver() -> Any:
+    """The cffi object that knows the driver's structures."""
+    return _ffi()
 
 
 class Driver:
@@ -200,6 +206,35 @@ class Driver:
             args.gpuPairs, args.gpuPairsCount = keep, len(keep)
         self._call("cuCheckpointProcessRestore", pid, args)
 
+    def begin_checkpoint(self, pid: int) -> Any:
+        """LOCKED to CHECKPOINTING, with custom storage: the driver's CUcheckpointCustomStorageInfo."""
+        args, out = _ffi().new("CUcheckpointCheckpointArgs *"), _ffi().new("CUcheckpointCustomStorageInfo **")
+        args.customStorageInfo_out = out
+        self._call("cuCheckpointProcessCheckpoint", pid, args)
+        return self._info(pid, out)
+
+    def begin_restore(self, pid: int, pairs: Mapping[str, str] | None = None) -> Any:
+        """CHECKPOINTED to RESTORING, with custom storage: the same."""
+        args, keep = _ffi().new("CUcheckpointRestoreArgs *"), self._pairs(pairs or {})
+        out = _ffi().new("CUcheckpointCustomStorageInfo **")
+        args.customStorageInfo_out = out
+        if keep is not None:
+            args.gpuPairs, args.gpuPairsCount = keep, len(keep)
+        self._call("cuCheckpointProcessRestore", pid, args)
+        return self._info(pid, out)
+
+    def complete(self, handle: Any) -> None:
+        """To CHECKPOINTED, or LOCKED: ends what one of the two above began."""
+        self.check("cuCheckpointOperationComplete", None, self._lib.cuCheckpointOperationComplete(handle))
+
+    def address_of(self, name: str, version: int) -> Any:
+        """A function as CUDA ``version`` declares it, as ``void *``."""
+        out, status = _ffi().new("void **"), _ffi().new("int *")
+        code = self._lib.cuGetProcAddress_v2(name.encode(), out, version, 0, status)
+        if code or not out[0]:
+            raise CudaError(f"{self.name} has no {name} of CUDA {version_text(version)}", code)
+        return out[0]
+
     def unlock(self, pid: int) -> None:
         """LOCKED to RUNNING. An error after which the process does run is none: the driver reports such."""
         try:
@@ -218,12 +253,20 @@ class Driver:
         with self._init_lock:
             if self._initialised:
                 return
-            code = self._lib.cuInit(0)
-            if code:
-                raise self._error("cuInit", None, code)
+            self.check("cuInit", None, self._lib.cuInit(0))
             self._initialised = True
 
+    def check(self, name: str, pid: int | None, code: int) -> None:
+        """Raise CudaError unless ``code`` is success."""
+        if code:
+            raise self._error(name, pid, code)
+
     # ---- below
+
+    def _info(self, pid: int, out: Any) -> Any:
+        if not out[0] or not out[0].handle or (out[0].deviceCount and not out[0].perDeviceData):
+            raise CudaError(f"pid {pid}: {self.name} began a custom storage operation and told nothing about it")
+        return out[0]
 
     def _pairs(self, pairs: Mapping[str, str]) -> Any:
         if not pairs:
@@ -237,9 +280,7 @@ class Driver:
 
     def _get_version(self) -> int:
         out = _ffi().new("int *")
-        code = self._lib.cuDriverGetVersion(out)
-        if code:
-            raise self._error("cuDriverGetVersion", None, code)
+        self.check("cuDriverGetVersion", None, self._lib.cuDriverGetVersion(out))
         return int(out[0])
 
     def _call(self, name: str, pid: int, argument: Any) -> None:
@@ -251,8 +292,7 @@ class Driver:
             self.init()  # also where another thread did it since this call began
             code = function(pid, argument)
         log.debug("%s(pid %d): %d", name, pid, code)
-        if code:
-            raise self._error(name, pid, code)
+        self.check(name, pid, code)
 
     def _error(self, name: str, pid: int | None, code: int) -> CudaError:
         where = "" if pid is None else f"pid {pid}: "
@@ -292,6 +332,11 @@ def version_text(version: int) -> str:
 def uuid_bytes(text: str) -> bytes:
     """``GPU-01234567-89ab-...`` as the 16 bytes of a CUuuid."""
     return uuid.UUID(text.removeprefix("GPU-")).bytes
+
+
+def uuid_text(data: bytes) -> str:
+    """The other way round."""
+    return f"GPU-{uuid.UUID(bytes=data)}"
 
 
 @dataclass(frozen=True, slots=True)

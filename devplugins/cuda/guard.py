@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from gpurestore.devplugins.cuda import recognize
 from gpurestore.devplugins.cuda.driver import Driver, ProcessState, load
@@ -24,13 +25,13 @@ _DONE = b"done"
 PATIENCE_S = 10.0
 
 
-def give_back(driver: Driver, pid: int, found: ProcessState) -> None:
-    """From whatever state a process is in to the one that it was found in."""
+def give_back(driver: Driver, pid: int, found: ProcessState, restore: Callable[[int], None] | None = None) -> None:
+    """From whatever state a process is in to the one that it was found in. ``restore``: not the driver's own."""
     if found is ProcessState.CHECKPOINTED:
         return
     state = driver.state(pid)
     if state is ProcessState.CHECKPOINTED:
-        driver.restore(pid)
+        (restore or driver.restore)(pid)
         state = driver.state(pid)
     if state is ProcessState.LOCKED and found is ProcessState.RUNNING:
         driver.unlock(pid)
@@ -53,9 +54,9 @@ class Guard:
             start_new_session=True,
         )
 
-    def watch(self, pid: int, thread: int, found: ProcessState) -> None:
-        """This process is about to be locked or checkpointed."""
-        self._write(b"%d %d %d\n" % (pid, thread, found))
+    def watch(self, pid: int, thread: int, found: ProcessState, *, custom: bool = False) -> None:
+        """This process is about to be locked or checkpointed, with ``custom`` storage or without."""
+        self._write(b"%d %d %d %d\n" % (pid, thread, found, custom))
 
     def dismiss(self) -> None:
         """Nothing is left to give back, or everything that could be was."""
@@ -72,6 +73,11 @@ class Guard:
             log.warning("the guard over locked processes is gone: %s", error)
 
 
+def _lost(pid: int) -> None:
+    """What was mapped into the tool, or only in images that nobody finished, is gone with it."""
+    raise CudaError(f"pid {pid}: its device memory was in custom storage when the dump was killed")
+
+
 def main() -> None:
     """Wait; then give back, or not."""
     library = sys.argv[1]
@@ -81,11 +87,11 @@ def main() -> None:
     driver = load(library)
     deadline = time.monotonic() + PATIENCE_S
     for line in lines:
-        pid, thread, found = map(int, line.split())
+        pid, thread, found, custom = map(int, line.split())
         while recognize.thread_is_stopped(pid, thread) and time.monotonic() < deadline:
             time.sleep(0.01)
         try:
-            give_back(driver, pid, ProcessState(found))
+            give_back(driver, pid, ProcessState(found), _lost if custom else None)
         except CudaError as error:
             log.error("pid %d: %s", pid, error)
 

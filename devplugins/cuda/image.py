@@ -1,13 +1,14 @@
 """``cuda.json``: what the plugin keeps in the images. Written once, read strictly: nothing in it is trusted.
 
-    {"format": 1, "storage": "staging", "driver": "580.65.06", "cuda_version": 13000,
+    {"format": 2, "storage": "staging", "driver": "580.65.06", "cuda_version": 13000,
      "gpus": [{"index": 0, "uuid": "GPU-...", "model": "NVIDIA H100", "memory_bytes": 85520809984, "minor": 0,
                "pci": "00000000:01:00.0", "compute_capability": "9.0", "mig": false}],
      "topology": [{"first": 0, "second": 1, "kind": "same board"}],
-     "tasks": [{"pid": 12, "state": "running", "thread": 17, "gpus": {"GPU-...": 1073741824}}]}
+     "tasks": [{"pid": 12, "state": "running", "thread": 17, "gpus": {"GPU-...": 1073741824}, "regions": []}]}
 
 A task's ``state`` is the one it was found in and goes back to; ``gpus`` are those that it had, with the bytes in use
-there, or null where NVML did not tell. Lists of GPUs are empty where there was no NVML.
+there, or null where NVML did not tell. Lists of GPUs are empty where there was no NVML. With ``storage`` custom a task
+has ``regions``, ``{"gpu": "GPU-...", "bytes": 1073741824}``: its device memory on one GPU each, in ``cuda-PID-N.img``.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from gpurestore.devplugins.cuda.gpumap import is_uuid
 from gpurestore.devplugins.cuda.nvml import Gpu, Link
 from gpurestore.errors import ImageError
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 16 << 20
-STAGING = "staging"  # device content is in the process's own memory; the only place there is so far
+STAGING = "staging"  # device content is in the process's own memory
+CUSTOM = "custom"  # in files of its own
+_MAX_REGIONS = 256
 _STATES = {state.name.lower(): state for state in list(ProcessState)[:3]}
 _MAX_PID = 1 << 22
 _MAX_U64 = (1 << 63) - 1
@@ -39,6 +42,11 @@ class Task:
     state: ProcessState
     thread: int
     gpus: dict[str, int | None]
+    regions: tuple[tuple[str, int], ...] = ()  # GPU and bytes
+
+    def region_name(self, number: int) -> str:
+        """The file of a region."""
+        return f"cuda-{self.pid}-{number}.img"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,13 @@ def encode(state: State) -> bytes:
     """The file's content."""
     gpus = [{key: value for key, value in asdict(gpu).items() if key != "free_bytes"} for gpu in state.gpus]
     tasks = [
-        {"pid": task.pid, "state": task.state.name.lower(), "thread": task.thread, "gpus": task.gpus}
+        {
+            "pid": task.pid,
+            "state": task.state.name.lower(),
+            "thread": task.thread,
+            "gpus": task.gpus,
+            "regions": [{"gpu": gpu, "bytes": size} for gpu, size in task.regions],
+        }
         for task in state.tasks.values()
     ]
     document = {
@@ -113,8 +127,10 @@ def decode(data: bytes) -> State:
     ):
         if len(set(keys)) != len(keys):
             raise ImageError(f"{IMAGE}: {name} has something twice")
+    if where.text("storage") != CUSTOM and any(task.regions for task in tasks):
+        raise ImageError(f"{IMAGE}: device memory has regions, although it is in the processes' own memory")
     return State(
-        storage=where.text("storage", lambda text: text == STAGING),
+        storage=where.text("storage", lambda text: text in (STAGING, CUSTOM)),
         driver=where.text("driver"),
         cuda_version=where.number("cuda_version"),
         gpus=gpus,
@@ -208,7 +224,7 @@ def _link(value: Any, place: str, nr_gpus: int) -> Link:
 
 
 def _task(value: Any, place: str, uuids: set[str]) -> Task:
-    item = _Object(value, place, ("pid", "state", "thread", "gpus"))
+    item = _Object(value, place, ("pid", "state", "thread", "gpus", "regions"))
     gpus = item.mapping("gpus")
     for uuid, used in gpus.items():
         if uuid not in uuids:
@@ -220,4 +236,15 @@ def _task(value: Any, place: str, uuids: set[str]) -> Task:
         state=_STATES[item.text("state", lambda text: text in _STATES)],
         thread=item.number("thread", 1, _MAX_PID),
         gpus=dict(gpus),
+        regions=_regions(item.array("regions"), place),
     )
+
+
+def _regions(values: list[Any], place: str) -> tuple[tuple[str, int], ...]:
+    if len(values) > _MAX_REGIONS:
+        raise ImageError(f"{IMAGE}: {place} has {len(values)} regions of device memory")
+    items = [_Object(value, f"regions[{i}] of {place}", ("gpu", "bytes")) for i, value in enumerate(values)]
+    found = tuple((item.text("gpu", is_uuid), item.number("bytes")) for item in items)
+    if len({gpu for gpu, _ in found}) != len(found):
+        raise ImageError(f"{IMAGE}: regions of {place} name a GPU twice")
+    return found

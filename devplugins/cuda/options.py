@@ -14,7 +14,9 @@ NAMES = {
     "lock-timeout": "seconds to wait until a process's CUDA work is at rest (10)",
     "library": f"the driver's library ({LIBRARY})",
     "nvml": "on, or off: do not record and compare GPUs",
+    "storage": "where a dump has the driver put device content: driver (its staging in host memory), custom, or auto",
 }
+_STORAGES = ("driver", "custom", "auto")
 _MAX_SECONDS = 86400.0
 
 
@@ -26,6 +28,7 @@ class Options:
     lock_timeout_ms: int = 10_000
     library: str = field(default_factory=default_library)
     nvml: bool = True
+    storage: str = "driver"
 
     @classmethod
     def read(cls, given: Mapping[str, str | None]) -> Options:
@@ -47,6 +50,10 @@ class Options:
                     if value not in ("on", "off"):
                         raise UsageError(f"cuda.nvml={value}: it is on or off")
                     result.nvml = value == "on"
+                case "storage":
+                    if value not in _STORAGES:
+                        raise UsageError(f"cuda.storage={value}: it is {', '.join(_STORAGES)}")
+                    result.storage = value
         return result
 
 

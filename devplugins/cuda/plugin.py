@@ -16,6 +16,7 @@ import trio
 
 from gpurestore.devplugins.api import Capability, Declined, DevicePlugin, HookContext, Stage
 from gpurestore.devplugins.cuda import IMAGE, gpumap, image, nvml, probe, recognize
+from gpurestore.devplugins.cuda.custom import Custom, require
 from gpurestore.devplugins.cuda.driver import NOT_READY, Driver, ProcessState, default_library, load
 from gpurestore.devplugins.cuda.gpumap import Placement
 from gpurestore.devplugins.cuda.guard import Guard, give_back
@@ -60,6 +61,7 @@ class CudaPlugin(DevicePlugin):
         self._state: State | None = None
         self._pairs: dict[str, str] = {}
         self._strangers: dict[int, str] = {}
+        self.custom: Custom | None = None  # None: the driver's staging
 
     # ---- the stage
 
@@ -86,6 +88,9 @@ class CudaPlugin(DevicePlugin):
             if self._guard is not None:
                 self._guard.dismiss()
                 self._guard = None
+            if self.custom is not None:
+                self.custom.close()
+                self.custom = None
 
     # ---- dump
 
@@ -108,6 +113,7 @@ class CudaPlugin(DevicePlugin):
             return
         await self._take_inventory()
         self._refuse(pid, state)
+        await self._choose_storage(driver)
         self._tasks[pid] = task = Task(pid, state, thread, self._gpus_of(pid, traces))
         if state is not ProcessState.CHECKPOINTED:
             await self._watch(task)
@@ -120,11 +126,21 @@ class CudaPlugin(DevicePlugin):
             raise self._no_lock(task, error) from error
         log.info("pid %d: CUDA locked", pid)
 
+    async def _choose_storage(self, driver: Driver) -> None:
+        """Custom storage where it is asked for. Made ready before anything is frozen."""
+        wanted = self._options.storage
+        if wanted == "custom":
+            require(driver, "which cuda.storage=custom asks for")
+        async with self._loading:
+            if self.custom is None and wanted != "driver" and driver.can_use_custom_storage:
+                self.custom = Custom(driver, self._context)
+                await self._in_thread(self.custom.prepare)
+
     async def _watch(self, task: Task) -> None:
         async with self._loading:
             if self._guard is None:
                 self._guard = await self._in_thread(Guard, self._options.library)
-        self._guard.watch(task.pid, task.thread, task.state)
+        self._guard.watch(task.pid, task.thread, task.state, custom=self.custom is not None)
 
     def _no_lock(self, task: Task, error: CudaError) -> CudaError:
         if error.code != NOT_READY:
@@ -167,6 +183,13 @@ class CudaPlugin(DevicePlugin):
         if task.state is ProcessState.CHECKPOINTED:
             return
         driver = await self._get_driver()
+        if self.custom is not None:
+            # Host memory is read afterwards: the driver works in it until the end.
+            async with self._running(pid, task.thread), self._span(task) as span:
+                self._tasks[pid] = task = await self._in_thread(self.custom.save, task)
+                span(task)
+            log.info("pid %d: CUDA checkpointed; content went into images by custom storage", pid)
+            return
         async with self._running(pid, task.thread):
             await self._in_thread(driver.checkpoint, pid)
         log.info("pid %d: CUDA checkpointed; content staged by the driver in the process's host memory", pid)
@@ -202,7 +225,7 @@ class CudaPlugin(DevicePlugin):
         inventory, driver = self._inventory, self._driver
         assert driver is not None
         state = State(
-            storage=image.STAGING,
+            storage=image.CUSTOM if self.custom is not None else image.STAGING,
             driver=driver.branch,
             cuda_version=driver.cuda_version,
             gpus=inventory.gpus if inventory else (),
@@ -246,7 +269,8 @@ class CudaPlugin(DevicePlugin):
 
     def _give_back(self, task: Task) -> None:
         assert self._driver is not None
-        give_back(self._driver, task.pid, task.state)
+        custom = self.custom is not None and self.custom.has(task.pid)
+        give_back(self._driver, task.pid, task.state, self.custom.undo if self.custom and custom else None)
 
     def _give_back_late(self, task: Task) -> str | None:
         """The same from exit, where nobody can let a thread run any more; None, or what went wrong."""
@@ -268,6 +292,8 @@ class CudaPlugin(DevicePlugin):
         try:
             driver = await self._get_driver()
             driver.require_checkpoint()
+            if state.storage == image.CUSTOM:
+                require(driver, "where the dump put device content")
         except CudaError as error:
             raise RestoreCheckError(
                 "these images cannot be restored here, nothing was created",
@@ -328,7 +354,12 @@ class CudaPlugin(DevicePlugin):
         """Attach to the driver, which can take seconds, while tasks get their memory."""
         driver = await self._get_driver()
         await self._in_thread(driver.init)
-        log.info("content comes from the driver's staging in the processes' host memory")
+        if self._get_state().storage == image.STAGING:
+            log.info("content comes from the driver's staging in the processes' host memory")
+            return
+        self.custom = Custom(driver, self._context)
+        await self._in_thread(self.custom.begin, list(self._get_state().tasks.values()), self._pairs_of)
+        log.info("content comes from images by custom storage, through pinned buffers that are being filled by now")
 
     async def resume_devices_late(self, pid: int) -> None:
         """Devices and their content back, and the process into the state in which the dump found it."""
@@ -346,13 +377,21 @@ class CudaPlugin(DevicePlugin):
         if self._context.running_thread is None and recognize.thread_is_stopped(pid, thread):
             raise CudaError(f"pid {pid}: this host cannot let the driver's thread {thread} run, which does the restore")
         async with self._running(pid, thread):
-            await self._in_thread(driver.restore, pid, self._pairs_of(task))
+            await self._bring_back(driver, task)
             if task.state is ProcessState.RUNNING:
                 await self._in_thread(driver.unlock, pid)
             state = await self._in_thread(driver.state, pid)
         if state is not task.state:
             raise CudaError(f"pid {pid}: CUDA is {state.name.lower()} after its restore, not {task.state.name.lower()}")
         log.info("pid %d: CUDA is %s again", pid, state.name.lower())
+
+    async def _bring_back(self, driver: Driver, task: Task) -> None:
+        if self.custom is None:
+            await self._in_thread(driver.restore, task.pid, self._pairs_of(task))
+            return
+        async with self._span(task) as span:
+            await self._in_thread(self.custom.load, task, self._pairs_of(task))
+            span(task)
 
     def _pairs_of(self, task: Task) -> dict[str, str]:
         """The pairs for the GPUs that this process had: all of them, or none where none moved."""
@@ -381,6 +420,15 @@ class CudaPlugin(DevicePlugin):
             except CudaError as error:
                 self._options.nvml = False
                 log.warning("GPUs are not recorded or compared: %s", error)
+
+    @asynccontextmanager
+    async def _span(self, task: Task) -> AsyncIterator[Callable[[Task], None]]:
+        """Show device memory on its way, and in the end how much it was."""
+        if self._context.span is None:
+            yield lambda _: None
+            return
+        async with self._context.span("device memory", track=f"plugin {self.name}", pid=task.pid) as span:
+            yield lambda moved: span.set(bytes=sum(size for _, size in moved.regions))
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A call that blocks. Never abandoned: the driver must not be left in the middle of one."""

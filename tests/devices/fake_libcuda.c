@@ -10,6 +10,12 @@
  *   FAKE_CUDA_FAIL   "NAME:CODE[:PID]" lets a call fail; with CODE 999 the process ends up FAILED
  *   FAKE_CUDA_GPUS   UUIDs (hex) that are here; empty: all
  *
+ * From CUDA 13.4 on (VERSION 13040) it has custom storage as NVIDIA documents it: the caller must have called cuInit and
+ * hold the primary context of the process's GPU; it gets addresses that only copies understand, and streams; copies are
+ * done when their stream is synchronized and not before, by the caller or, for the streams handed out, by the call that
+ * completes the operation; in between the process is CHECKPOINTING or RESTORING. Functions of the plain interface are
+ * found by cuGetProcAddress alone. A process that went to custom storage does not come back without.
+ *
  * As in the real driver, the state and the device's content while it is checkpointed are in the process's own memory,
  * and only its restore thread can do anything: a stopped one leaves every caller waiting (here: an error instead).
  */
@@ -22,6 +28,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -35,6 +43,11 @@
 #else
 #define SINCE_570 __attribute__((visibility("hidden"), used))
 #endif
+#if VERSION >= 13040
+#define SINCE_615 API
+#else
+#define SINCE_615 __attribute__((visibility("hidden"), used))
+#endif
 
 enum { RUNNING, LOCKED, CHECKPOINTED, FAILED, CHECKPOINTING, RESTORING };
 enum { OK, INVALID_VALUE, NO_MEMORY, NOT_INITIALIZED, INVALID_DEVICE = 101, ILLEGAL_STATE = 401, NOT_READY = 600, UNKNOWN = 999 };
@@ -44,7 +57,10 @@ typedef struct { unsigned char bytes[16]; } uuid_t16;
 typedef struct { unsigned int timeout_ms, reserved0; uint64_t reserved1[7]; } lock_args;
 typedef struct { uint64_t reserved[8]; } plain_args;
 typedef struct { uuid_t16 old, new; } pair;
-typedef struct { pair *pairs; unsigned int count, padding; char reserved[48]; } restore_args;
+typedef struct { uint64_t address; size_t size; void *stream; } device_data;
+typedef struct { void *handle; device_data *devices; unsigned int count; } storage_info;
+typedef struct { storage_info **out; char reserved[56]; } checkpoint_args;
+typedef struct { pair *pairs; unsigned int count, padding; storage_info **out; char reserved[40]; } restore_args;
 _Static_assert(sizeof(lock_args) == 64 && sizeof(plain_args) == 64 && sizeof(restore_args) == 64, "argument blocks");
 
 static char initialised_in[2048]; /* a test's folder is one life of the driver */
@@ -96,7 +112,7 @@ static void write_text(const char *path, const char *text)
 static struct {
 	pthread_mutex_t mutex;
 	pthread_cond_t changed;
-	int state, tid, pid;
+	int state, tid, pid, custom;
 	char uuid[33], dir[2048];
 	uint64_t *staged;
 } own = { .mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
@@ -125,8 +141,21 @@ static void publish(void)
 {
 	char path[4096], text[128];
 	name_of(path, sizeof path, own.dir, own.pid, "state");
-	snprintf(text, sizeof text, "%d %d %s", own.state, own.tid, own.uuid);
+	snprintf(text, sizeof text, "%d %d %s %d", own.state, own.tid, own.uuid, own.custom);
 	write_text(path, text);
+}
+
+/* Device memory that nobody has filled yet, or that others have in their storage by now. */
+static int remake(int there)
+{
+	char path[4096];
+	name_of(path, sizeof path, own.dir, own.pid, "device");
+	if (!there)
+		return unlink(path);
+	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+	int code = fd < 0 ? -1 : ftruncate(fd, CELLS * sizeof(uint64_t));
+	close(fd);
+	return code;
 }
 
 static void obey(const char *request)
@@ -145,6 +174,18 @@ static void obey(const char *request)
 		if (uuid[0])
 			memcpy(own.uuid, uuid, sizeof uuid);
 		own.state = move(0) ? FAILED : LOCKED;
+	} else if (!strcmp(verb, "export")) {
+		own.state = CHECKPOINTING;
+		own.custom = 1;
+	} else if (!strcmp(verb, "exported"))
+		own.state = remake(0) ? FAILED : CHECKPOINTED;
+	else if (!strcmp(verb, "import")) {
+		if (uuid[0])
+			memcpy(own.uuid, uuid, sizeof uuid);
+		own.state = remake(1) ? FAILED : RESTORING;
+	} else if (!strcmp(verb, "imported")) {
+		own.state = LOCKED;
+		own.custom = 0;
 	}
 }
 
@@ -216,7 +257,7 @@ API int fakeStep(uint64_t step, uint64_t *sum)
 
 /* ---- the calls about other processes */
 
-struct target { int state, tid; char uuid[33]; };
+struct target { int state, tid, custom; char uuid[33]; };
 
 static int look(int pid, struct target *out)
 {
@@ -225,7 +266,7 @@ static int look(int pid, struct target *out)
 	name_of(path, sizeof path, folder(), pid, "state");
 	if (access(proc, F_OK) || read_text(path, text, sizeof text))
 		return INVALID_VALUE;
-	return sscanf(text, "%d %d %32s", &out->state, &out->tid, out->uuid) == 3 ? OK : INVALID_VALUE;
+	return sscanf(text, "%d %d %32s %d", &out->state, &out->tid, out->uuid, &out->custom) == 4 ? OK : INVALID_VALUE;
 }
 
 static char thread_state(int pid, int tid)
@@ -380,9 +421,248 @@ SINCE_570 int cuCheckpointProcessLock(int pid, lock_args *args)
 	return step_to("lock", pid, RUNNING, "lock", "");
 }
 
-SINCE_570 int cuCheckpointProcessCheckpoint(int pid, plain_args *args)
+/* ---- custom storage: devices, contexts, streams, and memory that only copies reach */
+
+enum { GPUS = 3, MAX_OPERATIONS = 64, MAX_COPIES = 256, INVALID_CONTEXT = 201 };
+static const char *const gpus[GPUS] = { "aaaaaaaa000011112222333333333333", "bbbbbbbb000011112222333333333333",
+					"cccccccc000011112222333333333333" };
+struct copy { void *host; uint64_t device; size_t size; int out; };
+struct stream { int gpu, nr; struct copy copies[MAX_COPIES]; };
+struct operation {
+	storage_info info;
+	device_data data;
+	struct stream stream;
+	unsigned char *memory;
+	int pid, restore, live;
+};
+static pthread_mutex_t storage_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct operation operations[MAX_OPERATIONS];
+static int held[GPUS], contexts[GPUS];
+static __thread int *current;
+static int pinned; /* buffers that nobody has freed */
+
+static int device_count(int *out)
 {
-	return check_zero(args, 0) ? INVALID_VALUE : step_to("checkpoint", pid, LOCKED, "checkpoint", "");
+	*out = strcmp(initialised_in, folder()) ? 0 : GPUS;
+	return *out ? OK : NOT_INITIALIZED;
+}
+
+static int device_get(int *out, int index)
+{
+	*out = index;
+	return index >= 0 && index < GPUS ? OK : INVALID_DEVICE;
+}
+
+static int device_uuid(uuid_t16 *out, int device)
+{
+	for (int i = 0; i < 16; i++)
+		sscanf(gpus[device] + 2 * i, "%2hhx", &out->bytes[i]);
+	return OK;
+}
+
+static int retain(void **out, int device)
+{
+	held[device]++;
+	*out = &contexts[device];
+	return OK;
+}
+
+static int release(int device)
+{
+	return held[device]-- > 0 ? OK : INVALID_CONTEXT;
+}
+
+static int set_current(void *context)
+{
+	current = context;
+	return OK;
+}
+
+static int stream_context(struct stream *stream, void **context, void **green)
+{
+	*context = &contexts[stream->gpu];
+	*green = NULL;
+	return OK;
+}
+
+static int stream_create(struct stream **out, unsigned int flags)
+{
+	if (!current || !held[current - contexts] || flags != 1)
+		return INVALID_CONTEXT;
+	*out = calloc(1, sizeof **out);
+	(*out)->gpu = (int)(current - contexts);
+	return OK;
+}
+
+/* What was queued is done now. Memory of an operation that was completed is not there any more. */
+static int stream_wait(struct stream *stream)
+{
+	int code = OK;
+	pthread_mutex_lock(&storage_lock);
+	for (int i = 0; i < stream->nr; i++) {
+		struct copy *c = &stream->copies[i];
+		struct operation *o = NULL;
+		for (int n = 0; n < MAX_OPERATIONS; n++)
+			if (operations[n].live && c->device >= operations[n].data.address &&
+			    c->device + c->size <= operations[n].data.address + operations[n].data.size)
+				o = &operations[n];
+		if (!o || o->restore == c->out) {
+			code = INVALID_VALUE;
+			continue;
+		}
+		unsigned char *at = o->memory + (c->device - o->data.address);
+		memcpy(c->out ? c->host : at, c->out ? at : c->host, c->size);
+	}
+	stream->nr = 0;
+	pthread_mutex_unlock(&storage_lock);
+	return code;
+}
+
+static int stream_destroy(struct stream *stream)
+{
+	free(stream); /* what is still queued never happens */
+	return OK;
+}
+
+static int host_alloc(void **out, size_t size, unsigned int flags)
+{
+	if (!current || !held[current - contexts])
+		return INVALID_CONTEXT;
+	if (flags != 1 || !(*out = malloc(size)))
+		return NO_MEMORY;
+	__atomic_add_fetch(&pinned, 1, __ATOMIC_RELAXED);
+	return OK;
+}
+
+static int host_free(void *pointer)
+{
+	__atomic_sub_fetch(&pinned, 1, __ATOMIC_RELAXED);
+	free(pointer);
+	return current ? OK : INVALID_CONTEXT;
+}
+
+static int enqueue(struct stream *stream, void *host, uint64_t device, size_t size, int out)
+{
+	int code = must_fail(out ? "out" : "in", 0, 0);
+	if (!current || stream->gpu != current - contexts)
+		code = INVALID_CONTEXT;
+	if (!code && stream->nr < MAX_COPIES)
+		stream->copies[stream->nr++] = (struct copy){ host, device, size, out };
+	return code;
+}
+
+static int copy_out(void *to, uint64_t from, size_t size, struct stream *stream)
+{
+	return enqueue(stream, to, from, size, 1);
+}
+
+static int copy_in(uint64_t to, void *from, size_t size, struct stream *stream)
+{
+	return enqueue(stream, from, to, size, 0);
+}
+
+API int fakePinned(void)
+{
+	return pinned;
+}
+
+SINCE_615 int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t flags, int *status)
+{
+	static const struct { const char *name; void *function; } table[] = {
+		{ "cuDeviceGetCount", device_count },	   { "cuDeviceGet", device_get },
+		{ "cuDeviceGetUuid", device_uuid },	   { "cuDevicePrimaryCtxRetain", retain },
+		{ "cuDevicePrimaryCtxRelease", release },  { "cuCtxSetCurrent", set_current },
+		{ "cuStreamGetCtx", stream_context },	   { "cuStreamCreate", stream_create },
+		{ "cuStreamDestroy", stream_destroy },	   { "cuStreamSynchronize", stream_wait },
+		{ "cuMemHostAlloc", host_alloc },	   { "cuMemFreeHost", host_free },
+		{ "cuMemcpyDtoHAsync", copy_out },	   { "cuMemcpyHtoDAsync", copy_in },
+	};
+	*out = NULL;
+	*status = 1;
+	for (size_t i = 0; version == 13040 && !flags && i < sizeof table / sizeof *table; i++)
+		if (!strcmp(table[i].name, name)) {
+			*out = table[i].function;
+			*status = 0;
+		}
+	return *out ? OK : INVALID_VALUE;
+}
+
+/* Begin an operation: the process's part was done, its device memory is now a file that we map. */
+static int hand_out(int pid, const char *uuid, int restore, storage_info **out)
+{
+	char path[4096];
+	int code = NO_MEMORY, gpu = 0;
+	while (gpu < GPUS && strcmp(gpus[gpu], uuid))
+		gpu++;
+	name_of(path, sizeof path, folder(), pid, "device");
+	int fd = open(path, O_RDWR | O_CLOEXEC);
+	pthread_mutex_lock(&storage_lock);
+	for (int n = 0; fd >= 0 && n < MAX_OPERATIONS && code; n++) {
+		struct operation *o = &operations[n];
+		if (o->info.handle)
+			continue;
+		*o = (struct operation){ .pid = pid, .restore = restore, .live = 1, .stream.gpu = gpu };
+		o->data = (device_data){ (uint64_t)(n + 1) << 40, CELLS * sizeof(uint64_t), &o->stream };
+		o->memory = mmap(NULL, o->data.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		o->info = (storage_info){ o, &o->data, 1 };
+		*out = &o->info;
+		code = OK;
+	}
+	pthread_mutex_unlock(&storage_lock);
+	close(fd);
+	return code;
+}
+
+static int holds(const char *uuid)
+{
+	for (int i = 0; i < GPUS; i++)
+		if (!strcmp(gpus[i], uuid))
+			return held[i] > 0;
+	return 0;
+}
+
+SINCE_615 int cuCheckpointOperationComplete(struct operation *o)
+{
+	struct target t = { 0 };
+	int code = o && o->live ? look(o->pid, &t) : INVALID_VALUE;
+	if (code)
+		return code;
+	if (t.state != (o->restore ? RESTORING : CHECKPOINTING))
+		code = ILLEGAL_STATE;
+	stream_wait(&o->stream);
+	if (!code)
+		code = must_fail("complete", o->pid, t.tid);
+	munmap(o->memory, o->data.size);
+	o->live = 0;
+	if (!code)
+		code = ask(o->pid, t.tid, o->restore ? "imported" : "exported");
+	note("complete", o->pid, code, "");
+	pthread_mutex_lock(&storage_lock);
+	o->info.handle = NULL; /* from here on another operation may have it */
+	pthread_mutex_unlock(&storage_lock);
+	return code;
+}
+
+static int checkpoint_custom(int pid, storage_info **out)
+{
+	struct target t = { 0 };
+	int code = look(pid, &t);
+	if (!code && strcmp(initialised_in, folder()))
+		code = NOT_INITIALIZED;
+	if (!code && (pid == getpid() || !holds(t.uuid)))
+		code = INVALID_CONTEXT;
+	if (!code)
+		code = step_to("checkpoint", pid, LOCKED, "export", "custom");
+	return code ? code : hand_out(pid, t.uuid, 0, out);
+}
+
+SINCE_570 int cuCheckpointProcessCheckpoint(int pid, checkpoint_args *args)
+{
+	if (check_zero(args, VERSION < 13040 ? 0 : 8))
+		return INVALID_VALUE;
+	if (args && args->out)
+		return checkpoint_custom(pid, args->out);
+	return step_to("checkpoint", pid, LOCKED, "checkpoint", "");
 }
 
 static void hex(const uuid_t16 *uuid, char *out)
@@ -398,8 +678,11 @@ SINCE_570 int cuCheckpointProcessRestore(int pid, restore_args *args)
 	const char *here = getenv("FAKE_CUDA_GPUS");
 	unsigned int count = args ? args->count : 0;
 	int code = look(pid, &t);
-	if (VERSION < 13000 ? check_zero(args, 0) : check_zero(args, 12))
+	storage_info **out = VERSION < 13040 || !args ? NULL : args->out;
+	if (VERSION < 13000 ? check_zero(args, 0) : VERSION < 13040 ? check_zero(args, 12) : check_zero(args, 24))
 		code = INVALID_VALUE;
+	if (!code && !out != !t.custom)
+		code = ILLEGAL_STATE; /* what is in custom storage comes back from there, and nothing else does */
 	if (!code && strcmp(initialised_in, folder()))
 		code = NOT_INITIALIZED;
 	for (unsigned int i = 0; !code && i < count; i++) {
@@ -411,13 +694,16 @@ SINCE_570 int cuCheckpointProcessRestore(int pid, restore_args *args)
 		code = INVALID_VALUE; /* pairs must name every GPU of the process */
 	if (!code && here && *here && !strstr(here, target[0] ? target : t.uuid))
 		code = INVALID_DEVICE;
+	if (!code && out && !holds(target[0] ? target : t.uuid))
+		code = INVALID_CONTEXT;
 	if (code) {
 		note("restore", pid, code, "");
 		return code;
 	}
-	snprintf(request, sizeof request, "restore %s", target);
-	snprintf(extra, sizeof extra, "pairs=%u %s", count, target);
-	return step_to("restore", pid, CHECKPOINTED, request, extra);
+	snprintf(request, sizeof request, "%s %s", out ? "import" : "restore", target);
+	snprintf(extra, sizeof extra, "pairs=%u %s%s", count, target, out ? "custom" : "");
+	code = step_to("restore", pid, CHECKPOINTED, request, extra);
+	return code || !out ? code : hand_out(pid, target[0] ? target : t.uuid, 1, out);
 }
 
 SINCE_570 int cuCheckpointProcessUnlock(int pid, plain_args *args)

@@ -61,12 +61,12 @@ def change(path: str, value: Any) -> bytes:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("format", 2),
+        ("format", 1),
         ("format", True),
         ("extra", 1),
         ("storage", KeyError),
         ("storage", "tape"),
-        ("storage", "custom"),
+        ("tasks/0/regions", [{"gpu": GPU_A, "bytes": 1}]),  # of staging
         ("driver", 580),
         ("driver", "\x1b[2J"),
         ("cuda_version", 1.5),
@@ -88,6 +88,7 @@ def change(path: str, value: Any) -> bytes:
         ("tasks/0/gpus", []),
         ("tasks/0/gpus", {"GPU-cccccccc-0000-1111-2222-333333333333": 1}),
         ("tasks/0/gpus", {GPU_A: -1}),
+        ("tasks/0/regions", {}),
         ("tasks/0", 7),
     ],
 )

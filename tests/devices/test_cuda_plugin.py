@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
+from support.cuda_host import Host, dump, restore, run, use_nvml
 from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, FakeNvml, build, plain, process, wait_for
 from support.victims import Compiler
 
@@ -37,85 +36,10 @@ def fake(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     driver_module.load.cache_clear()
 
 
-def use_nvml(monkeypatch: pytest.MonkeyPatch, module: FakeNvml) -> None:
-    monkeypatch.setattr(nvml, "_pynvml", lambda: module)
-
-
-class Host:
-    """Makes plugins and their context. ``let_run`` keeps what was let run: (pid, tid)."""
-
-    def __init__(self, fake: FakeCuda, images: Path, goes_on: bool = False) -> None:
-        images.mkdir(exist_ok=True)
-        self.fake, self.images, self.goes_on = fake, images, goes_on
-        self.let_run: list[tuple[int, int]] = []
-        self.fds: list[int] = []
-        self.plugins: list[CudaPlugin] = []
-
-    @asynccontextmanager
-    async def running_thread(self, pid: int, tid: int) -> AsyncIterator[None]:
-        self.let_run.append((pid, tid))
-        yield
-
-    def open_image(self, name: str) -> int:
-        """As the host's: at dump it keeps the descriptor, at restore the plugin closes it."""
-        if (self.images / name).exists():
-            return os.open(self.images / name, os.O_RDONLY | os.O_CLOEXEC)
-        self.fds.append(os.open(self.images / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        return self.fds[-1]
-
-    def plugin(self, stage: Stage, **options: str) -> CudaPlugin:
-        plugin = CudaPlugin()
-        given = {"library": str(self.fake.library), **{name.replace("_", "-"): v for name, v in options.items()}}
-        plugin.init(
-            HookContext(
-                stage,
-                self.images,
-                self.open_image,
-                options=given,
-                running_thread=self.running_thread,
-                tree_goes_on=self.goes_on,
-            )
-        )
-        self.plugins.append(plugin)
-        return plugin
-
-
 @pytest.fixture
 def host(fake: FakeCuda, tmp_path: Path) -> Iterator[Host]:
-    one = Host(fake, tmp_path / "images")
-    yield one
-    for plugin in one.plugins:
-        with suppress(NeedsPersonError):
-            plugin.exit(Stage.DUMP, 0)
-    for fd in one.fds:
-        os.close(fd)
-
-
-async def dump(plugin: CudaPlugin, *pids: int, result: int = 0) -> None:
-    """As the pipeline does it: every hook for all pids at once."""
-    for hook in (plugin.pause_devices, plugin.checkpoint_devices):
-        async with trio.open_nursery() as nursery:
-            for pid in pids:
-                nursery.start_soon(hook, pid)
-    await plugin.dump_devices_late(pids[0])
-    await plugin.dump_finish(result)
-
-
-async def restore(plugin: CudaPlugin, *pids: int) -> None:
-    await plugin.restore_init()
-    await plugin.post_forking()
-    async with trio.open_nursery() as nursery:
-        for pid in pids:
-            nursery.start_soon(plugin.resume_devices_late, pid)
-
-
-def run(function: Callable[..., Any], *args: Any) -> Any:
-    """Run, and let a group of one error be that error."""
-    try:
-        return trio.run(function, *args)
-    except BaseExceptionGroup as group:
-        (error,) = group.exceptions
-        raise error from None
+    with Host(fake, tmp_path / "images") as one:
+        yield one
 
 
 def test_a_dump_locks_checkpoints_and_lets_only_the_restore_thread_run(fake: FakeCuda, host: Host) -> None:
