@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 from support.round_trip import dump, restore, round_trip
 from support.tool import Tool
 from support.victims import Victim, Victims
 
-from gpurestore.tasks import maps
-from gpurestore.tasks.memory import hugepages
+from gpurestore.tasks import maps, memory
+from gpurestore.tasks.memory import Reading, hugepages
 
 pytestmark = pytest.mark.usefixtures("rights")
 
@@ -72,4 +75,20 @@ def test_huge_pages_come_back_as_asked_and_mappings_as_they_were(tool: Tool, vic
         assert after == (before if choice == "keep" else dict.fromkeys(before, 0))
     assert before["huge"] > 0
     victim.expect_running()
+    victim.finish()
+
+
+def test_images_that_are_not_cached_are_read_past_the_cache(tool: Tool, victims: Victims) -> None:
+    victim = victims.start("idle", "64")
+    images, trace = victim.folder.parent / "images", victim.folder.parent / "trace"
+    dump(tool, victim, images)
+    (pages,) = images.glob("pages-*.img")
+    with memory.open_source(os.open(pages, os.O_RDONLY), Reading.DIRECT) as source:
+        if source.direct_fd < 0:
+            pytest.skip(f"the file system of {images} has no O_DIRECT")
+        os.fsync(source.fd)
+        os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    restore(tool, victim, images, "-d", f"--trace={trace}")
+    (span,) = (event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "memory")
+    assert span["args"]["direct_bytes"] >= 64 << 20
     victim.finish()

@@ -32,7 +32,7 @@ from gpurestore.tasks.memory.saving import (
     scan,
     select,
 )
-from gpurestore.tasks.memory.sources import COLD_WORKERS, PagesSource, Reading
+from gpurestore.tasks.memory.sources import COLD_WORKERS, PagesSource, Reading, open_source
 
 __all__ = [
     "COLD_WORKERS",
@@ -57,6 +57,7 @@ __all__ = [
     "dump",
     "fill_file",
     "open_pages",
+    "open_source",
     "pages_file",
     "plan_object",
     "plan_pages",
