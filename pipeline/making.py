@@ -16,8 +16,9 @@ import trio
 from gpurestore import core, faults
 from gpurestore.batch import Call
 from gpurestore.errors import CancelledError, GpurestoreError, NeedsPersonError
+from gpurestore.pipeline.crews import THREAD_FLAGS
 from gpurestore.pipeline.devices import Devices
-from gpurestore.pipeline.filling import THREAD_FLAGS, Filling
+from gpurestore.pipeline.filling import Filling
 from gpurestore.pipeline.graph import FORK, RELEASE, Node
 from gpurestore.pipeline.lazy import LazyPages
 from gpurestore.pipeline.load import LoadedTree
