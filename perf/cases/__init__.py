@@ -21,6 +21,7 @@ NAMES = (
     "cancel",
     "overhead",
     "overlap",
+    "gpu",
 )
 
 

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.gpu_jobs import Jobs
+from support.gpu_jobs import Jobs, library, missing_gpu
 from support.processes import become_subreaper
-
-
-def missing_gpu() -> str | None:
-    """Why nothing can be tried here."""
-    if not Path("/dev/nvidiactl").exists():
-        return "no NVIDIA GPU here (no /dev/nvidiactl)"
-    from gpurestore.devplugins.cuda.driver import describe
-
-    if problem := describe().problem:
-        return problem
-    if importlib.util.find_spec("torch") is None and importlib.util.find_spec("cupy") is None:
-        return "neither PyTorch nor CuPy is installed"
-    return None
 
 
 @pytest.fixture
@@ -30,6 +16,6 @@ def jobs(folder: Path, rights: None) -> Iterator[Jobs]:
     if reason := missing_gpu():
         pytest.skip(reason)
     become_subreaper()
-    started = Jobs(folder, "torch" if importlib.util.find_spec("torch") else "cupy")
+    started = Jobs(folder, library())
     yield started
     started.end()

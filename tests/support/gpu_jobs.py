@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -15,6 +16,24 @@ STEPS = 200
 PATIENCE_S = 300.0
 
 
+def missing_gpu() -> str | None:
+    """Why nothing can be tried here."""
+    if not Path("/dev/nvidiactl").exists():
+        return "no NVIDIA GPU here (no /dev/nvidiactl)"
+    from gpurestore.devplugins.cuda.driver import describe
+
+    if problem := describe().problem:
+        return problem
+    if importlib.util.find_spec("torch") is None and importlib.util.find_spec("cupy") is None:
+        return "neither PyTorch nor CuPy is installed"
+    return None
+
+
+def library() -> str:
+    """What jobs compute with."""
+    return "torch" if importlib.util.find_spec("torch") else "cupy"
+
+
 @dataclass
 class Jobs:
     """Jobs of one test. ``library`` is torch or cupy."""
@@ -23,15 +42,18 @@ class Jobs:
     library: str
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, name: str, *, gpu: int | None = None, wait: bool = True) -> tuple[int, Path]:
-        """A job that has come half-way and waits there (or does not); its pid, and the file for its losses."""
+    def start(self, name: str, *, gpu: int | None = None, wait: bool = True, ballast_mib: int = 0) -> tuple[int, Path]:
+        """A job that has come half-way and waits there (or does not); its pid, and the file for its losses.
+
+        It keeps ``ballast_mib`` of random numbers on the device, and ends badly should they change.
+        """
         out = self.folder / name
         if not wait:
             self.go(out)
         env = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})}
         with open(f"{out}.err", "wb") as err:
             process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(out), str(STEPS), self.library],
+                [sys.executable, str(SCRIPT), str(out), str(STEPS), self.library, str(ballast_mib)],
                 stdin=subprocess.DEVNULL,
                 stdout=err,
                 stderr=err,
@@ -53,6 +75,11 @@ class Jobs:
         process = next(process for process in self.processes if process.pid == pid)
         process.wait(30)
         self.processes.remove(process)
+
+    def forget(self, pid: int) -> None:
+        """Reap a job that a dump killed, where it is our child, and forget it."""
+        for process in [process for process in self.processes if process.pid == pid]:
+            self.reap(process.pid)
 
     @staticmethod
     def go(out: Path) -> None:
