@@ -18,7 +18,7 @@ from gpurestore.tasks.facts import load as load_facts
 from gpurestore.tasks.inherited import Inherited
 from gpurestore.tasks.lazy import FaultOrder
 from gpurestore.tasks.memory import PagePlan, Ways, hugepages
-from gpurestore.tasks.memory.lazy import LazyPlan
+from gpurestore.tasks.memory.lazy import LazyPlan, obstacle
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 from gpurestore.tasks.shmem import SharedObject
@@ -196,6 +196,8 @@ def check(tree: LoadedTree, restorer: Restorer) -> list[Finding]:
         policies = [*numa.of_mappings(task.mm_facts).values(), *_thread_policies(task.facts)]
         findings += numa.check(f"pid {task.pid}", policies)
         findings += _check_vdso(tree.folder, task)
+    if tree.lazy_bytes and (finding := obstacle()):
+        findings.append(finding)
     return findings + tree.files.check()
 
 

@@ -10,8 +10,10 @@ from gpurestore.devplugins.api import Hook, Stage
 from gpurestore.devplugins.load import PluginInfo
 from gpurestore.devplugins.load import preview as preview_plugins
 from gpurestore.images.folder import ImageFolder
+from gpurestore.images.magic import is_pages_file
 from gpurestore.pipeline import graph, load, plan
 from gpurestore.pipeline.graph import Graph, PluginFacts
+from gpurestore.pipeline.lazy import LazySettings
 from gpurestore.tasks import memory
 from gpurestore.tasks.restorer import Restorer
 
@@ -31,14 +33,15 @@ def preview(
     shell_job: bool = False,
     verify: bool = True,
     jobs: int | None = None,
+    lazy: LazySettings | None = None,
 ) -> Preview:
     """What a restore would do. Raises as it would, but for pids that are taken and what plugins find in their init."""
     with ImageFolder(images_dir) as folder:
         needed = load.plugins_of(folder)
         plugins = preview_plugins(libdir, needed)
         if verify:
-            folder.verify()
-        tree = load.load(folder)
+            folder.verify(leave_out=is_pages_file if lazy is not None else None)
+        tree = load.load(folder, fault_order=lazy.read_order() if lazy is not None else None)
         restorer = Restorer.here()
         load.refuse(tree, load.check(tree, restorer) + load.check_session(tree, shell_job))
         stages = graph.restore(graph.facts_of(tree), facts_of(plugins), verify=verify)

@@ -33,7 +33,6 @@ from gpurestore.pipeline.trace import Trace, summarize
 from gpurestore.pipeline.walk import Walk
 from gpurestore.tasks import memory, shmem
 from gpurestore.tasks.memory import HugePages, Reading, Ways
-from gpurestore.tasks.memory.lazy import obstacle
 from gpurestore.tasks.restorer import Restorer
 
 if TYPE_CHECKING:
@@ -162,8 +161,6 @@ class _Restore:
             findings = await self._run(load.check, tree, self._restorer)
             findings += load.check_session(tree, shell_job)
             findings += await self._run(load.await_pids, tree, self._should_stop)
-            if self._lazy is not None and (finding := obstacle()):
-                findings.append(finding)
             load.refuse(tree, findings)
         await self._devices.restore_init(self._walk)
         self._walk.extend(graph.restore(graph.facts_of(tree), self._devices.facts, verify=verify))

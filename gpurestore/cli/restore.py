@@ -166,10 +166,16 @@ def _show(args: argparse.Namespace, result: RestoreResult) -> None:
 
 
 def _print_plan(args: argparse.Namespace) -> int:
+    from gpurestore.pipeline.lazy import LazySettings
     from gpurestore.pipeline.preview import preview
 
     seen = preview(
-        args.images_dir, libdir=args.libdir, shell_job=args.shell_job, verify=not args.no_verify, jobs=args.jobs
+        args.images_dir,
+        libdir=args.libdir,
+        shell_job=args.shell_job,
+        verify=not args.no_verify,
+        jobs=args.jobs,
+        lazy=LazySettings(args.fault_order) if args.lazy else None,
     )
     if args.graph is not None:
         from gpurestore.pipeline.graphdrawing import draw_file

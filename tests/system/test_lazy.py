@@ -84,7 +84,7 @@ def test_the_handler_lets_go_when_all_is_in_place(tool: Tool, victims: Victims, 
     victim.finish()
 
 
-@pytest.mark.parametrize("name", ["tree", "threads", "memory"])
+@pytest.mark.parametrize("name", ["tree", "heirs", "memory"])
 def test_state_of_all_kinds_survives(tool: Tool, victims: Victims, name: str) -> None:
     round_trip(tool, victims.start(name), 1, "-d", "--lazy")
 
@@ -181,6 +181,34 @@ def test_a_lazy_restore_that_ends_early_leaves_nothing(
         processes.kill(victim.pids)
     processes.wait_gone(victim.pids)
     processes.wait_until(lambda: lazy_processes() == [], "no handler is left")
+
+
+def test_pages_that_cannot_be_read_end_the_tree(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("lazy", "256", "slow")
+    dump(tool, victim, folder / "images")
+    log = folder / "log"
+    restore_lazily(tool, victim, folder / "images", "--record-faults", folder / "faults", "-o", log)
+    victim.expect_running()
+    for pages in (folder / "images").glob("pages-*.img"):
+        os.truncate(pages, 0)
+    processes.wait_gone(victim.pids)
+    processes.wait_until(lambda: lazy_processes() == [], "handler and keeper have ended")
+    assert not (victim.folder / "wrong").exists(), (victim.folder / "wrong").read_text()
+    told = [line for line in log.read_text().splitlines() if "lazy restore" in line]
+    assert len(told) == 1
+    assert "reading pages of task" in told[0]
+    assert "the tree was killed" in told[0]
+
+
+def test_a_dry_run_says_how_much_comes_late(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("idle", "64")
+    dump(tool, victim, folder / "images")
+    said = tool.run("restore", "-D", folder / "images", "--lazy", "--dry-run").expect(0).out
+    late = [line.split() for line in said.splitlines() if "to come lazily" in line]
+    assert len(late) == 1
+    assert int(late[0][late[0].index("bytes") - 1]) > 64 << 20
+    assert "stage fill" in said
+    assert lazy_processes() == []
 
 
 def test_without_the_right_nothing_is_created(tool: Tool, victims: Victims, folder: Path) -> None:

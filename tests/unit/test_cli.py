@@ -106,6 +106,17 @@ def test_restore_is_parallel_and_verified_unless_told_otherwise(restore: FakePip
     assert (second["serial"], second["verify"], second["pidfile"]) == (True, False, Path("p"))
 
 
+def test_what_belongs_to_a_lazy_restore_is_refused_without_it(
+    restore: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["restore", "-D", "dir", "-d", "--lazy", "--fault-order", "f", "--record-faults", "g"]) == 0
+    options = restore.calls[0][1]
+    assert (options["lazy"], options["fault_order"], options["record_faults"]) == (True, Path("f"), Path("g"))
+    assert main(["restore", "-D", "dir", "-d", "--fault-order", "f"]) == 2
+    assert "--lazy" in capsys.readouterr().err
+    assert len(restore.calls) == 1
+
+
 @pytest.fixture
 def previewed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, dict[str, Any]]]:
     """Calls of the preview, which is a fake."""
@@ -145,7 +156,7 @@ def test_a_dry_run_prints_the_plan_and_restores_nothing(
     assert main(["restore", "-D", "dir", "--dry-run", "-L", "plugins", "--jobs", "3"]) == 0
     assert capsys.readouterr().out == "plan of dir\n"
     assert restore.calls == []
-    options = {"libdir": Path("plugins"), "shell_job": False, "verify": True, "jobs": 3}
+    options = {"libdir": Path("plugins"), "shell_job": False, "verify": True, "jobs": 3, "lazy": None}
     assert previewed == [(Path("dir"), options)]
 
 
