@@ -5,6 +5,7 @@
 
 #include "gr_chunk_read.h"
 #include "gr_internal.h"
+#include "gr_zeros.h"
 
 #define PAGE_BYTES 4096UL
 #define MAX_CHUNK_PAGES 1024U /* UIO_MAXIOV: one vector for each page at worst */
@@ -15,9 +16,10 @@ struct start {
 };
 
 struct gr_chunk_reader {
-	int pid, source_fd, mem_fd;
-	const uint64_t *vaddrs, *nr_pages;
-	uint64_t nr_runs, nr_chunks;
+	struct gr_chunk_source source;
+	struct gr_runs_view runs;
+	int mem_fd;
+	uint64_t nr_chunks;
 	uint32_t chunk_pages;
 	struct start *starts;
 };
@@ -26,10 +28,10 @@ struct gr_chunk_reader {
 static int read_file(const struct gr_chunk_reader *reader, char *buffer, uint64_t bytes, uint64_t address,
 		     struct gr_error *err)
 {
-	int is_object = reader->source_fd >= 0;
+	int is_object = reader->source.source_fd >= 0;
 
 	while (bytes) {
-		ssize_t n = pread(is_object ? reader->source_fd : reader->mem_fd, buffer, bytes, (off_t)address);
+		ssize_t n = pread(is_object ? reader->source.source_fd : reader->mem_fd, buffer, bytes, (off_t)address);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -42,7 +44,7 @@ static int read_file(const struct gr_chunk_reader *reader, char *buffer, uint64_
 				       bytes, address);
 		if (n <= 0)
 			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at %#lx of task %d", bytes,
-				       address, reader->pid);
+				       address, reader->source.pid);
 		buffer += n;
 		bytes -= (uint64_t)n;
 		address += (uint64_t)n;
@@ -58,8 +60,8 @@ static int read_pieces(const struct gr_chunk_reader *reader, char *buffer, struc
 		ssize_t n = -1;
 		int ret;
 
-		if (reader->source_fd < 0)
-			n = process_vm_readv(reader->pid, &local, 1, pieces, nr, 0);
+		if (reader->source.source_fd < 0)
+			n = process_vm_readv(reader->source.pid, &local, 1, pieces, nr, 0);
 		if (n < 0)
 			n = 0; /* unreadable for its owner, or not ours to read this way: the file below decides */
 		buffer += n;
@@ -80,30 +82,95 @@ static int read_pieces(const struct gr_chunk_reader *reader, char *buffer, struc
 	return 0;
 }
 
-int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *buffer, struct gr_error *err)
+/* Keep pages of `from` (a place in the buffer) up to `end`; `*to` is where they belong. */
+static int keep(uint64_t start, uint64_t end, const char *from, char **to, struct gr_page_runs *left,
+		struct gr_error *err)
 {
-	struct iovec pieces[MAX_CHUNK_PAGES];
-	uint64_t left = reader->chunk_pages;
-	struct start at;
-	unsigned int nr = 0;
-	int ret;
+	if (start == end)
+		return 0;
+	if (*to != from)
+		memmove(*to, from, end - start);
+	*to += end - start;
+	return gr_page_runs_add(left, UINT64_MAX, start, end, err);
+}
 
-	if (index >= reader->nr_chunks)
-		return gr_fail(err, EINVAL, "reading chunk %lu of %lu", index, reader->nr_chunks);
-	at = reader->starts[index];
-	for (; left && at.run < reader->nr_runs; at.run++, at.page = 0) {
-		uint64_t pages = reader->nr_pages[at.run] - at.page;
+/* Close up the buffer over pages of zeros of one piece, [start, end) at `at`, and list what is left. */
+static int drop_zeros(uint64_t start, uint64_t end, const char *at, char **to, struct gr_page_runs *left,
+		      struct gr_error *err)
+{
+	const char *from = at;
+	int ret = 0;
+
+	for (uint64_t page = start; page < end && ret == 0; page += PAGE_BYTES, at += PAGE_BYTES) {
+		if (!gr_is_zero_page(at))
+			continue;
+		ret = keep(start, page, from, to, left, err);
+		start = page + PAGE_BYTES;
+		from = at + PAGE_BYTES;
+	}
+	return ret < 0 ? ret : keep(start, end, from, to, left, err);
+}
+
+static unsigned int list_pieces(const struct gr_chunk_reader *reader, uint64_t index, struct iovec *pieces,
+				uint64_t *bytes)
+{
+	struct start at = reader->starts[index];
+	uint64_t left = reader->chunk_pages;
+	unsigned int nr = 0;
+
+	for (; left && at.run < reader->runs.nr_runs; at.run++, at.page = 0) {
+		uint64_t pages = reader->runs.nr_pages[at.run] - at.page;
 
 		if (pages > left)
 			pages = left;
 		if (!pages)
 			continue;
-		pieces[nr].iov_base = (void *)(reader->vaddrs[at.run] + at.page * PAGE_BYTES);
+		pieces[nr].iov_base = (void *)(reader->runs.vaddrs[at.run] + at.page * PAGE_BYTES);
 		pieces[nr++].iov_len = pages * PAGE_BYTES;
 		left -= pages;
 	}
-	ret = read_pieces(reader, buffer, pieces, nr, (reader->chunk_pages - left) * PAGE_BYTES, err);
-	return ret < 0 ? ret : (int)((reader->chunk_pages - left) * PAGE_BYTES);
+	*bytes = (reader->chunk_pages - left) * PAGE_BYTES;
+	return nr;
+}
+
+int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *buffer, struct gr_page_runs *left,
+		  struct gr_error *err)
+{
+	const struct gr_chunk_source *source = &reader->source;
+	struct iovec pieces[MAX_CHUNK_PAGES], rest[MAX_CHUNK_PAGES];
+	char *at = buffer, *to = buffer;
+	unsigned int nr;
+	uint64_t bytes;
+	int ret;
+
+	if (index >= reader->nr_chunks)
+		return gr_fail(err, EINVAL, "reading chunk %lu of %lu", index, reader->nr_chunks);
+	left->nr_runs = left->total_pages = 0;
+	nr = list_pieces(reader, index, pieces, &bytes);
+	memcpy(rest, pieces, nr * sizeof(*pieces));
+	ret = read_pieces(reader, buffer, rest, nr, bytes, err);
+	for (unsigned int i = 0; i < nr && ret == 0; at += pieces[i++].iov_len) {
+		uint64_t start = (uint64_t)pieces[i].iov_base, end = start + pieces[i].iov_len;
+
+		if (gr_ranges_hold(source->kept_starts, source->kept_ends, source->nr_kept, start))
+			ret = keep(start, end, at, &to, left, err);
+		else
+			ret = drop_zeros(start, end, at, &to, left, err);
+	}
+	return ret < 0 ? ret : (int)(to - (char *)buffer);
+}
+
+int gr_chunk_append(const struct gr_chunk_reader *reader, uint64_t index, const struct gr_page_runs *left,
+		    struct gr_page_runs *stored, struct gr_error *err)
+{
+	/* Only a run that goes on from the chunk before is joined: two that touch may lie in two mappings. */
+	uint64_t floor = reader->starts[index].page ? reader->runs.vaddrs[reader->starts[index].run] : UINT64_MAX;
+	int ret = 0;
+
+	for (uint64_t i = 0; i < left->nr_runs && ret == 0; i++, floor = UINT64_MAX)
+		ret = gr_page_runs_add(stored, floor, left->vaddrs[i],
+				       left->vaddrs[i] + left->nr_pages[i] * PAGE_BYTES, err);
+	return ret;
 }
 
 /* Note where every chunk begins, so that threads can take them in any order. */
@@ -111,15 +178,15 @@ static int cut(struct gr_chunk_reader *reader, struct gr_error *err)
 {
 	uint64_t total = 0, page = 0, index = 0;
 
-	for (uint64_t i = 0; i < reader->nr_runs; i++)
-		if (__builtin_add_overflow(total, reader->nr_pages[i], &total) || total > (1UL << 50))
-			return gr_fail(err, EINVAL, "adding up %lu runs of pages", reader->nr_runs);
+	for (uint64_t i = 0; i < reader->runs.nr_runs; i++)
+		if (__builtin_add_overflow(total, reader->runs.nr_pages[i], &total) || total > (1UL << 50))
+			return gr_fail(err, EINVAL, "adding up %lu runs of pages", reader->runs.nr_runs);
 	reader->nr_chunks = (total + reader->chunk_pages - 1) / reader->chunk_pages;
 	reader->starts = calloc(reader->nr_chunks + 1, sizeof(*reader->starts));
 	if (!reader->starts)
 		return gr_fail(err, ENOMEM, "cutting %lu pages into chunks", total);
-	for (uint64_t run = 0; run < reader->nr_runs; page += reader->nr_pages[run++])
-		for (; index * reader->chunk_pages < page + reader->nr_pages[run]; index++)
+	for (uint64_t run = 0; run < reader->runs.nr_runs; page += reader->runs.nr_pages[run++])
+		for (; index * reader->chunk_pages < page + reader->runs.nr_pages[run]; index++)
 			reader->starts[index] = (struct start){ run, index * reader->chunk_pages - page };
 	return 0;
 }
@@ -128,15 +195,15 @@ static int open_memory(struct gr_chunk_reader *reader, struct gr_error *err)
 {
 	char path[48];
 
-	if (reader->source_fd >= 0)
+	if (reader->source.source_fd >= 0)
 		return 0;
-	snprintf(path, sizeof(path), "/proc/%d/mem", reader->pid);
+	snprintf(path, sizeof(path), "/proc/%d/mem", reader->source.pid);
 	reader->mem_fd = open(path, O_RDONLY | O_CLOEXEC);
 	return reader->mem_fd < 0 ? gr_fail(err, errno, "opening %s", path) : 0;
 }
 
-int gr_chunk_reader_create(int pid, int source_fd, const uint64_t *vaddrs, const uint64_t *nr_pages, uint64_t nr_runs,
-			   uint32_t chunk_pages, struct gr_chunk_reader **out, struct gr_error *err)
+int gr_chunk_reader_create(const struct gr_chunk_source *source, const struct gr_runs_view *runs, uint32_t chunk_pages,
+			   struct gr_chunk_reader **out, struct gr_error *err)
 {
 	struct gr_chunk_reader *reader;
 	int ret;
@@ -145,9 +212,8 @@ int gr_chunk_reader_create(int pid, int source_fd, const uint64_t *vaddrs, const
 		return gr_fail(err, EINVAL, "cutting into chunks of %u pages", chunk_pages);
 	reader = calloc(1, sizeof(*reader));
 	if (!reader)
-		return gr_fail(err, ENOMEM, "reading %lu runs of pages", nr_runs);
-	*reader = (struct gr_chunk_reader){ .pid = pid, .source_fd = source_fd, .mem_fd = -1, .vaddrs = vaddrs,
-					    .nr_pages = nr_pages, .nr_runs = nr_runs, .chunk_pages = chunk_pages };
+		return gr_fail(err, ENOMEM, "reading %lu runs of pages", runs->nr_runs);
+	*reader = (struct gr_chunk_reader){ .source = *source, .runs = *runs, .mem_fd = -1, .chunk_pages = chunk_pages };
 	ret = cut(reader, err);
 	if (ret == 0)
 		ret = open_memory(reader, err);

@@ -10,6 +10,7 @@
 #include "gr_internal.h"
 #include "gr_pages_out.h"
 #include "gr_workers.h"
+#include "gr_zeros.h"
 
 #define PAGE_BYTES 4096UL
 /*
@@ -166,32 +167,6 @@ static int read_chunk(const struct job *job, struct chunk *chunk, struct gr_erro
 	return read_pieces(job, chunk->buffer, chunk->vector, chunk->nr_pieces, chunk->bytes, err);
 }
 
-static int is_zero(const char *page)
-{
-	const uint64_t *word = (const uint64_t *)page, *end = (const uint64_t *)(page + PAGE_BYTES);
-
-	for (; word < end; word += 8)
-		if (word[0] | word[1] | word[2] | word[3] | word[4] | word[5] | word[6] | word[7])
-			return 0;
-	return 1;
-}
-
-/* Whether pages of zeros must be stored: what a private mapping of a file shows there otherwise is the file. */
-static int keeps_zeros(const struct gr_pages_source *source, uint64_t address)
-{
-	uint64_t low = 0, high = source->nr_kept;
-
-	while (low < high) {
-		uint64_t middle = low + (high - low) / 2;
-
-		if (source->kept_ends[middle] <= address)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low < source->nr_kept && source->kept_starts[low] <= address;
-}
-
 static void keep(struct chunk *chunk, const struct piece *piece, uint64_t start, uint64_t end, const char *at)
 {
 	if (start == end)
@@ -210,12 +185,13 @@ static void drop_zeros(const struct job *job, struct chunk *chunk)
 	chunk->bytes = chunk->nr_left = 0;
 	for (unsigned int i = 0; i < chunk->nr_pieces; i++) {
 		const struct piece *piece = &chunk->pieces[i];
-		int all = keeps_zeros(job->source, piece->floor);
+		int all = gr_ranges_hold(job->source->kept_starts, job->source->kept_ends, job->source->nr_kept,
+					 piece->floor);
 		uint64_t start = piece->start;
 		const char *from = at;
 
 		for (uint64_t page = start; page < piece->end; page += PAGE_BYTES, at += PAGE_BYTES) {
-			if (all || !is_zero(at))
+			if (all || !gr_is_zero_page(at))
 				continue;
 			keep(chunk, piece, start, page, from);
 			start = page + PAGE_BYTES;

@@ -99,6 +99,37 @@ def test_a_fragmented_task_is_stored_and_brought_back_page_by_page(folder: Path,
     assert (folder / "images" / plan.pages_name).stat().st_size < len(which) * PAGE / 3
 
 
+def test_pages_of_zeros_are_left_out_where_nothing_else_would_show(folder: Path) -> None:
+    """As for a plain pages image; over the border of a chunk, and a whole chunk of zeros."""
+    nr = 600
+
+    def prepare() -> list[int]:
+        start = map_memory(nr * PAGE)
+        fill(start, nr)
+        ctypes.memset(start + 5 * PAGE, 0, PAGE)
+        ctypes.memset(start + 100 * PAGE, 0, 300 * PAGE)
+        return [start]
+
+    with MemoryChild(prepare) as child:
+        (start,) = child.values
+        file = vmaflags.REGULAR | vmaflags.FILE_PRIVATE
+        vmas = area(start, 590), area(start + 590 * PAGE, 10, file)
+        with open(f"/proc/{child.pid}/mem", "r+b", buffering=0) as memory_file:
+            os.pwrite(memory_file.fileno(), bytes(PAGE), start + 595 * PAGE)
+        before = read(child, start, nr)
+        done = dump(folder, child, "lz4", *vmas)
+        with ImageFolder(folder / "images") as images:
+            pagemap = read_pagemap(images, "pagemap", child.pid)
+            assert images.files()["pages-4.img.lz4"] > 0
+        runs = zip(pagemap.vaddrs, pagemap.nr_pages, strict=True)
+        assert [((a - start) // PAGE, n) for a, n in runs] == [(0, 5), (6, 94), (400, 190), (590, 10)]
+        assert done.done_bytes == (5 + 94 + 190 + 10) * PAGE
+        for page in (*range(5), *range(6, 100), *range(400, nr)):
+            forget(child, start + page * PAGE, 1)
+        restore(folder, child, *vmas)
+        assert read(child, start, nr) == before
+
+
 def test_several_threads_share_the_chunks(folder: Path) -> None:
     nr = 2000
     with written(nr, list(range(nr))) as child:
@@ -153,12 +184,14 @@ def test_every_page_of_an_object_arrives_in_the_right_place(
         file = memory.pages_file(writer, 2, None, None, None)
         parts = list(runs)
         middle = len(parts) // 2 if two_parts else 0
+        stored = memory.PageRuns()
         for part in (parts[:middle], parts[middle:]):
             some = memory.PageRuns()
             for address, nr in part:
                 some.insert(address, nr)
-            file.add_from_file(source, some)
-        file.finish("pagemap-shmem", 5, runs)
+            for address, nr in file.add_from_file(source, some):
+                stored.insert(address, nr)
+        file.finish("pagemap-shmem", 5, stored)
         commit_images(writer)
     with ImageFolder(path) as images:
         memory.fill_file(images, 5, copy, at, jobs=3)

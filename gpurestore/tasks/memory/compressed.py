@@ -45,38 +45,51 @@ class CompressedPagesFile:
         self.size = 0
 
     def add_from_task(self, pid: int, runs: PageRuns, kept: Sequence[tuple[int, int]] = ()) -> PageRuns:
-        """Append pages of a frozen task; all are stored, zeros too, which take no room."""
-        self._add(pid, -1, runs)
-        return runs
+        """Append pages of a frozen task; returns those that were stored, without pages of zeros.
+
+        In the ranges ``kept`` (start and end, ascending) these are stored as well.
+        """
+        return self._add(pid, -1, runs, kept)
 
     def add_from_file(self, fd: int, runs: PageRuns) -> PageRuns:
-        """Append pages of an object, at the offsets that ``runs`` give."""
-        self._add(0, fd, runs)
-        return runs
+        """Append pages of an object, at the offsets that ``runs`` give; returns those that were stored."""
+        return self._add(0, fd, runs, ())
 
-    def _add(self, pid: int, fd: int, runs: PageRuns) -> None:
-        stream = _Stream(pid, fd, runs, self._compression.chunk_bytes)
+    def _add(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]]) -> PageRuns:
+        stream = _Stream(pid, fd, runs, kept, self._compression.chunk_bytes)
+        stored = PageRuns.made_by(partial(self._store, stream))
+        self.size += stored.total_bytes
+        return stored
+
+    def _store(self, stream: _Stream, stored: Any, _err: Any) -> int:
+        """All chunks, by several threads; ``stored`` becomes the list of their pages."""
         order = _Order()
-        work = partial(self._compress, stream, order, count())
+        work = partial(self._compress, stream, order, count(), stored)
         nr_threads = min(self._crew.nr_places, stream.nr_chunks)
-        run_in_threads([work] * nr_threads, nr_threads)
-        self.size += runs.total_bytes
+        try:
+            run_in_threads([work] * nr_threads, nr_threads)
+        except BaseException:
+            lib.gr_page_runs_destroy(stored)
+            raise
+        return 0
 
-    def _compress(self, stream: _Stream, order: _Order, numbers: Iterator[int]) -> None:
+    def _compress(self, stream: _Stream, order: _Order, numbers: Iterator[int], stored: Any) -> None:
         """One thread's part: chunks until there are none left."""
+        left = ffi.gc(ffi.new("struct gr_page_runs *"), lib.gr_page_runs_destroy)
         try:
             with self._crew.place(partial(_stop_if, self._cancel)):
                 own_codec = self._compression.codec()
                 buffer = bytearray(self._compression.chunk_bytes)
                 while (number := next(numbers)) < stream.nr_chunks and not order.failed:
                     _stop_if(self._cancel)
-                    chunk = stream.read(number, buffer)
-                    frame = own_codec.compress(chunk)
+                    chunk = stream.read(number, buffer, left)
+                    frame = own_codec.compress(chunk) if chunk else b""
                     digest = checksum(frame)
                     with order.turn(number) as mine:
                         if not mine:
                             return
-                        offset = self._index.add(len(frame), len(chunk), digest)
+                        stream.append(number, left, stored)
+                        offset = self._index.add(len(frame), len(chunk), digest) if chunk else 0
                     self._write(frame, offset)
                     with order.lock:
                         if self._progress:
@@ -130,19 +143,26 @@ class _Order:
 class _Stream:
     """Runs of pages as chunks that any thread may read."""
 
-    def __init__(self, pid: int, fd: int, runs: PageRuns, chunk_bytes: int) -> None:
-        self._keep = u64(runs.vaddrs), u64(runs.nr_pages)
+    def __init__(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]], chunk_bytes: int) -> None:
+        starts, ends = u64(array("Q", [start for start, _ in kept])), u64(array("Q", [end for _, end in kept]))
+        view, runs_keep = runs.view()
+        self._keep = starts, ends, view, runs_keep
+        source = ffi.new("struct gr_chunk_source *", (pid, fd, starts, ends, len(kept)))
         err, out = new_error(), ffi.new("struct gr_chunk_reader **")
-        pages = chunk_bytes // PAGE_BYTES
-        check(lib.gr_chunk_reader_create(pid, fd, *self._keep, len(runs), pages, out, err), err)
+        check(lib.gr_chunk_reader_create(source, view, chunk_bytes // PAGE_BYTES, out, err), err)
         self._handle = ffi.gc(out[0], lib.gr_chunk_reader_destroy)
         self.nr_chunks = int(lib.gr_chunk_reader_nr_chunks(self._handle))
 
-    def read(self, number: int, buffer: bytearray) -> memoryview:
-        """A chunk, in ``buffer``."""
+    def read(self, number: int, buffer: bytearray, left: Any) -> memoryview:
+        """What is left of a chunk without zeros, in ``buffer``; ``left`` (struct gr_page_runs) says what that is."""
         err = new_error()
-        size = check(lib.gr_chunk_read(self._handle, number, ffi.from_buffer(buffer), err), err)
+        size = check(lib.gr_chunk_read(self._handle, number, ffi.from_buffer(buffer), left, err), err)
         return memoryview(buffer)[:size]
+
+    def append(self, number: int, left: Any, stored: Any) -> None:
+        """Add what is left of a chunk to what is left of those before it."""
+        err = new_error()
+        check(lib.gr_chunk_append(self._handle, number, left, stored, err), err)
 
 
 class CompressedPages:

@@ -1,0 +1,28 @@
+#include "gr_zeros.h"
+
+#define PAGE_BYTES 4096UL
+
+int gr_is_zero_page(const char *page)
+{
+	const uint64_t *word = (const uint64_t *)page, *end = (const uint64_t *)(page + PAGE_BYTES);
+
+	for (; word < end; word += 8)
+		if (word[0] | word[1] | word[2] | word[3] | word[4] | word[5] | word[6] | word[7])
+			return 0;
+	return 1;
+}
+
+int gr_ranges_hold(const uint64_t *starts, const uint64_t *ends, uint64_t nr, uint64_t address)
+{
+	uint64_t low = 0, high = nr;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (ends[middle] <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < nr && starts[low] <= address;
+}
