@@ -10,8 +10,12 @@
 /* A thread is woken once for this much, unless a single chunk is larger. */
 #define WAKE_BYTES (4UL << 20)
 #define MAX_CHUNKS 32
-/* A page of the staging that something else holds for a moment makes a move fail with EAGAIN or EBUSY. */
+/*
+ * A page of the staging that something else holds for a moment makes a move fail with EAGAIN or EBUSY: the kernel may let
+ * go of what it read directly only some time after the read has returned.
+ */
 #define MAX_MOVES 64
+#define MOVE_PAUSE_US 200
 
 /* linux/userfaultfd.h of Linux 6.8, which the build machine's headers may lack. */
 struct move {
@@ -186,13 +190,15 @@ static int run_plainly(struct pump *pump, const struct gr_chunk *chunk, struct g
 /* Run the batch; `*nr_done` chunks are in place afterwards, and the one behind them, if any, went wrong for good. */
 static int run_batch(struct pump *pump, uint32_t *nr_done, struct gr_error *err)
 {
-	int ret, tries = 0;
+	int ret = run_rest(pump, err);
 
-	do {
+	for (int i = 0; ret == 1 && i < MAX_MOVES && mend_move(&pump->batch->calls[pump->batch->next]); i++) {
+		if (i)
+			usleep(MOVE_PAUSE_US);
 		ret = run_rest(pump, err);
-		if (ret < 0)
-			return ret;
-	} while (ret && ++tries < MAX_MOVES && mend_move(&pump->batch->calls[pump->batch->next]));
+	}
+	if (ret < 0)
+		return ret;
 	for (*nr_done = 0; *nr_done < pump->nr_chunks; ++*nr_done) {
 		const struct gr_chunk *chunk = pump->chunks[*nr_done];
 

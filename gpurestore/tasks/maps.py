@@ -46,7 +46,7 @@ class Vma(NamedTuple):
     rss_bytes: int = 0
     swap_bytes: int = 0
     locked_bytes: int = 0
-    huge_bytes: int = 0  # anonymous memory in transparent huge pages
+    huge_bytes: int = 0  # memory, anonymous or shared, mapped by transparent huge pages
     pkey: int = 0
 
     @property
@@ -110,7 +110,7 @@ def _make(header: re.Match[bytes], facts: dict[bytes, bytes]) -> Vma:
         rss_bytes=_kib(facts, b"Rss"),
         swap_bytes=_kib(facts, b"Swap"),
         locked_bytes=_kib(facts, b"Locked"),
-        huge_bytes=_kib(facts, b"AnonHugePages"),
+        huge_bytes=_kib(facts, b"AnonHugePages") + _kib(facts, b"ShmemPmdMapped"),
         pkey=int(facts.get(b"ProtectionKey", b"0")),
     )
 

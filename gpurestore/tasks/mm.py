@@ -135,7 +135,7 @@ def collect_extension(task: Task) -> dict[str, Any]:
         if vma.path.startswith(_NAMED) and not vma.shared:
             names[f"{vma.start:x}"] = vma.path.removeprefix(_NAMED).removesuffix("]")
     on_fault = [f"{vma.start:x}" for vma in task.vmas if "lf" in vma.flags]
-    with_huge = [pb.vma_entry(start=vma.start, end=vma.end) for vma in task.vmas if vma.huge_bytes]
+    with_huge = [pb.vma_entry(start=vma.start, end=vma.end) for vma in task.vmas if vma.huge_bytes and not vma.shared]
     huge = memory.hugepages.describe(memory.scan(task.pid, with_huge, memory.HUGE)) if with_huge else []
     found = {"names": names, "lock_on_fault": on_fault, "lock_future": _locks_future(task), "huge": huge}
     found["numa"] = numa.collect(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from gpurestore.tasks.memory import HugePages, PagePlan, Worker, filling, hugepa
 from gpurestore.tasks.memory.hugepages import HugeBlocks
 
 Runs = list[tuple[int, int]]
+MAP_FIXED = 0x10
 
 
 @pytest.fixture
@@ -165,6 +167,27 @@ def test_a_descriptor_that_cannot_move_pages_costs_nothing_but_huge_pages(
             assert made.done_bytes == made.total_bytes
 
 
+def test_an_object_gets_huge_pages_and_its_mapping_no_flag(folder: Path) -> None:
+    if not hugepages.shared_are_available():
+        pytest.skip("this machine gives no huge pages to shared memory")
+    size, runs = 3 * BLOCK, [(0, 1024), (2 * BLOCK, 100)]
+    reserved = map_memory(size + BLOCK)
+    start = map_memory(size, PROT_RW, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, at=-(-reserved // BLOCK) * BLOCK)
+    with images(folder, runs) as found:
+        huge = hugepages.blocks_of_object(HugePages.AUTO)
+        ranges = array("Q", [0]), array("Q", [size]), b"\3"
+        made = filling._plan(found, "pagemap", 1, ranges, filling.CHUNK_BYTES, huge)
+        with memory.open_pages(found, made) as source:
+            made.fill(start, size, source, jobs=2)
+    for address, nr in runs:
+        assert ctypes.string_at(start + address, nr * PAGE) == pattern(address, nr)
+    (vma,) = [vma for vma in maps.read(os.getpid()) if vma.start == start]
+    assert "hg" not in vma.flags
+    assert vma.huge_bytes == 2 * BLOCK
+    assert vma.rss_bytes == 2 * BLOCK + 100 * PAGE
+    libc.munmap(reserved, size + BLOCK)
+
+
 def test_without_a_userfaultfd_everything_is_read_to_its_place(folder: Path, region: Region, place: int) -> None:
     runs = four_blocks(place)
     with images(folder, runs) as found, memory.open_pages(found, made := plan(found, place)) as source:
@@ -243,5 +266,5 @@ def dense_bytes(runs: Runs, size: int, min_pages: int, kept: set[int]) -> int:
 
 
 def map_staging(child: AgentChild, address: int) -> None:
-    flags = MAP_PRIVATE | MAP_ANONYMOUS | 0x10
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
     child.run([Call(NR.MMAP, (address, hugepages.STAGING_BYTES, PROT_RW, flags, -1, 0), want=address)])

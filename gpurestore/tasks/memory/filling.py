@@ -23,7 +23,14 @@ from gpurestore.tasks.memory import hugepages
 from gpurestore.tasks.memory.compressed import CompressedPages
 from gpurestore.tasks.memory.hugepages import HugeBlocks, HugePages
 from gpurestore.tasks.memory.runs import default_jobs, u64
-from gpurestore.tasks.memory.sources import COLD_WORKERS, PagesSource, Reading, cold_bytes, open_source
+from gpurestore.tasks.memory.sources import (
+    COLD_CHUNK_BYTES,
+    COLD_WORKERS,
+    PagesSource,
+    Reading,
+    cold_bytes,
+    open_source,
+)
 
 if TYPE_CHECKING:
     from gpurestore.images.folder import ImageFolder
@@ -220,6 +227,9 @@ def _plan(
 ) -> PagePlan:
     pagemap = read_pagemap(folder, kind, ident)
     image = find_pages(folder, pagemap.pages_id) if len(pagemap) else PagesImage("", 0, 0)
+    nr_cold_bytes = _cold_bytes(folder, image.name) if image.name else 0
+    if nr_cold_bytes:
+        chunk_bytes = min(chunk_bytes, COLD_CHUNK_BYTES)
     name = f"{folder.path}/{KINDS[kind].file_name(ident)}"
     handle, touched = _create_queue(pagemap, ranges, huge, image.stream_bytes, chunk_bytes, name)
     starts, ends, kinds = ranges
@@ -230,7 +240,7 @@ def _plan(
         huge=tuple(
             (start, end) for start, end, flag in zip(starts, ends, touched, strict=True) if flag == _WRITTEN_HUGE
         ),
-        cold_bytes=_cold_bytes(folder, image.name) if image.name else 0,
+        cold_bytes=nr_cold_bytes,
         total_bytes=int(_counts(handle).total_bytes),
         handle=handle,
         compressed=CompressedPages(image.index, pagemap, skips) if image.index is not None else None,

@@ -13,8 +13,10 @@ from typing import Any, Final, Self
 from gpurestore.core import ffi, lib
 from gpurestore.tasks.maps import PAGE_BYTES
 
-# Reads in flight that a disk needs to be busy: with 4 MiB each this was the fastest (docs/performance.md).
+# Reads in flight that keep a disk busy, and their size. Larger ones are not faster (docs/performance.md), and a task
+# that is killed waits for what is in flight.
 COLD_WORKERS: Final = 8
+COLD_CHUNK_BYTES: Final = 2 << 20
 # An image with less than this outside of the page cache is read through it.
 _MIN_COLD_BYTES: Final = 4 << 20
 
