@@ -90,3 +90,27 @@ def test_a_damaged_chunk_ends_a_restore_that_trusts_the_images(tool: Tool, victi
     path.write_bytes(content)
     restore(tool, victim, folder / "images")
     victim.finish()
+
+
+def test_a_lazy_restore_of_compressed_pages_is_refused_in_words(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("idle")
+    dump(tool, victim, folder / "images", "--compress=lz4")
+    line = tool.restore(folder / "images", "-d", "--lazy").expect(1).one_line()
+    assert "compressed pages cannot be restored lazily" in line
+    victim.expect_gone()
+    restore(tool, victim, folder / "images")
+    victim.finish()
+
+
+def test_a_file_that_cannot_grow_leaves_the_tree_running_and_no_images(
+    tool: Tool, victims: Victims, folder: Path
+) -> None:
+    """A limit on file size stands in for the disk: the first write beyond it fails."""
+    victim = victims.start("memory")
+    limited = tool.start(
+        "dump", "-t", str(victim.pid), "-D", folder / "images", "--compress=lz4", prefix=("prlimit", "--fsize=100000")
+    ).wait()
+    assert "pages-1.img.lz4" in limited.expect(1).one_line()
+    assert not (folder / "images").exists()
+    victim.expect_running()
+    victim.finish()

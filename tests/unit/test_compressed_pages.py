@@ -280,6 +280,50 @@ def test_filling_can_be_cancelled_and_then_nobody_goes_on(folder: Path) -> None:
         assert read(child, start, 8) == b"\xee" * (8 * PAGE)
 
 
+def test_a_dump_that_is_cancelled_under_way_stops_at_the_next_chunk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nr, cancel, done = 4000, Cancel(), memory.Progress()
+    compress = Compression.parse("lz4").codec()
+
+    class Cancelling:
+        def compress(self, chunk: bytes) -> object:
+            if done.done_bytes:
+                cancel.set()
+            return compress.compress(chunk)
+
+    monkeypatch.setattr(Compression, "codec", lambda self: Cancelling())
+    with written(nr, list(range(nr))) as child, ImageWriter(folder / "images") as writer:
+        writer.crew = crew("lz4", 2)
+        with pytest.raises(CancelledError):
+            memory.dump(
+                writer, child.pid, pb.mm_entry(vmas=[area(child.values[0], nr)]), 1, cancel=cancel, progress=done
+            )
+    assert 0 < done.done_bytes <= 6 * writer.crew.compression.chunk_bytes < nr * PAGE
+
+
+def test_a_restore_that_is_cancelled_under_way_stops_at_the_next_chunk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nr, cancel = 4000, Cancel()
+    with written(nr, list(range(nr))) as child:
+        (start,) = child.values
+        dump(folder, child, "lz4", area(start, nr))
+        put = compressed.CompressedPages._put
+
+        def put_and_cancel(self: compressed.CompressedPages, *args: object) -> None:
+            put(self, *args)  # type: ignore[arg-type]
+            cancel.set()
+
+        monkeypatch.setattr(compressed.CompressedPages, "_put", put_and_cancel)
+        with ImageFolder(folder / "images") as images:
+            chunks = memory.plan_pages(images, child.pid, pb.mm_entry(vmas=[area(start, nr)])).compressed
+            assert chunks is not None
+            with images_file(images, "pages-4.img.lz4") as fd, pytest.raises(CancelledError):
+                chunks.run(child.pid, 0, fd, cancel)
+        assert chunks.done_bytes == Compression.parse("lz4").chunk_bytes
+
+
 def test_a_chunk_that_is_damaged_ends_a_restore_and_is_named(folder: Path) -> None:
     with written(8, list(range(8))) as child:
         (start,) = child.values
