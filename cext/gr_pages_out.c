@@ -347,3 +347,14 @@ int gr_pages_out(const struct gr_pages_source *source, const struct gr_runs_view
 		gr_page_runs_destroy(stored);
 	return ret;
 }
+
+int gr_pages_flush(int fd, uint64_t offset, uint64_t bytes, int wait, struct gr_error *err)
+{
+	unsigned int how = SYNC_FILE_RANGE_WRITE;
+
+	if (wait)
+		how |= SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER;
+	if (sync_file_range(fd, (off64_t)offset, (off64_t)bytes, how) < 0)
+		return gr_fail(err, errno, "bringing %lu bytes at offset %lu to the disk", bytes, offset);
+	return 0;
+}

@@ -40,4 +40,10 @@ struct gr_pages_target {
 int gr_pages_out(const struct gr_pages_source *source, const struct gr_runs_view *runs, struct gr_pages_target *target,
 		 int *cancel, struct gr_page_runs *stored, struct gr_error *err);
 
+/*
+ * Start to bring a part of a file to the disk, and with `wait` wait until it is there: so a long fsync is done in steps
+ * between which one may change one's mind. It is no promise by itself, fsync is.
+ */
+int gr_pages_flush(int fd, uint64_t offset, uint64_t bytes, int wait, struct gr_error *err);
+
 #endif

@@ -10,7 +10,7 @@ import enum
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -40,7 +40,7 @@ from gpurestore.pipeline.collect import Collected, collect, write_state
 from gpurestore.pipeline.critical import CriticalStage, critical_stages, describe
 from gpurestore.pipeline.devices import Devices, PluginSettings
 from gpurestore.pipeline.operation import operation
-from gpurestore.pipeline.trace import Trace, summarize
+from gpurestore.pipeline.trace import WORKER_TRACK, Trace, summarize
 from gpurestore.tasks import ids, inherited, memory, procfs, shmem
 from gpurestore.tasks.descriptors import FileTable
 from gpurestore.tasks.frozen import FrozenTree, tree_of
@@ -241,13 +241,14 @@ class _Dump:
     ) -> None:
         faults.point("dump.write")
         sharing = await self._find_pages(blocking, collected)
-        stored: dict[int, memory.PageRuns] = {}
+        stored = {pid: sharing.own(pid) for pid in collected.mms}
+        jobs = _shares(self._jobs, {pid: runs.total_bytes for pid, runs in stored.items()})
         objects = shmem.objects(collected.mms)
         tasks = {task.pid: task for task in tree.living}
         calls: list[Callable[[], object]] = [partial(self._write_state, collected, writer)]
-        for pid, entry in collected.mms.items():
-            stored[pid] = sharing.own(pid)
-            calls.append(partial(self._write_memory, writer, pid, entry, stored, blocking.cancel))
+        for pid in sorted(jobs, key=lambda pid: -jobs[pid]):
+            entry = collected.mms[pid]
+            calls.append(partial(self._write_memory, writer, pid, entry, stored, jobs[pid], blocking.cancel))
         for item in objects.values():
             calls.append(partial(self._write_shared, writer, item, tasks, blocking.cancel))
         await blocking.all(calls, self._jobs)
@@ -277,6 +278,7 @@ class _Dump:
         pid: int,
         entry: pb.mm_entry,
         runs: dict[int, memory.PageRuns],
+        jobs: int,
         cancel: core.Cancel,
     ) -> None:
         """Write the pages of a task that are its own; ``runs`` then has what really got into its pagemap."""
@@ -287,12 +289,15 @@ class _Dump:
                 pid,
                 entry,
                 next(self._pages_ids),
-                jobs=self._jobs,
+                jobs=jobs,
                 cancel=cancel,
                 progress=done,
                 runs=runs[pid],
             )
             span.set(bytes=runs[pid].total_bytes)
+            for number, worker in enumerate(done.workers, 1):
+                track = f"{span.track}{WORKER_TRACK}{number}"
+                self._spans.add("write", track, worker.begin_ns, worker.end_ns, part_of=span, bytes=worker.bytes)
             self._memory_bytes += runs[pid].total_bytes
 
     def _write_shared(
@@ -362,6 +367,12 @@ class _Dump:
                 f"the dump failed ({error}), and then tasks of the tree of pid {self._pid} could not be let go on as "
                 f"they were ({'; '.join(map(str, failures))}): look at them with ps, and end or continue them by hand"
             ) from error
+
+
+def _shares(jobs: int, sizes: Mapping[int, int]) -> dict[int, int]:
+    """How many of ``jobs`` workers each task gets, by its bytes: at least one, together at most twice as many."""
+    total = max(1, sum(sizes.values()))
+    return {pid: max(1, -(-jobs * size // total)) for pid, size in sizes.items()}
 
 
 def _stop_if(cancel: core.Cancel) -> None:

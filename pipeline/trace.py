@@ -149,6 +149,13 @@ class Trace:
         where = track or (MAIN_TRACK if task is None else f"task {task}")
         return SpanScope(self, Span(name, where, 0, None, dict(args), total, gauge, tuple(after), part_of))
 
+    def add(
+        self, name: str, track: str, begin_ns: int, end_ns: int, *, part_of: Span | None = None, **args: Value
+    ) -> None:
+        """Add what somebody else timed, by the monotonic clock; such a span was never shown live."""
+        start_ns = begin_ns - self._zero_ns
+        self.spans.append(Span(name, track, start_ns, end_ns - self._zero_ns, dict(args), part_of=part_of))
+
     def now_ns(self) -> int:
         """Nanoseconds since the trace began."""
         return self._clock() - self._zero_ns

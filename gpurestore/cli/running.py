@@ -49,6 +49,8 @@ def show_summary(title: str, result: Outcome) -> None:
         nr = len(result.pids)
         tasks = "1 task" if nr == 1 else f"{nr} tasks"
         facts = f"{tasks}, {format_bytes(result.memory_bytes)} of memory, {format_seconds(result.total_s)}"
+        if (frozen_s := getattr(result, "frozen_s", None)) is not None:
+            facts += f" (frozen for {format_seconds(frozen_s)})"
         path = describe(result.critical_path, _SHOWN_S)
         sys.stderr.write(f"gpurestore {title}: {facts}: {path}\n")
     except (OSError, ValueError):

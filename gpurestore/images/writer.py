@@ -22,7 +22,8 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from gpurestore.errors import GpurestoreError, UsageError
+from gpurestore.core import lib, new_error
+from gpurestore.errors import CancelledError, GpurestoreError, UsageError
 from gpurestore.images import manifest as manifests
 from gpurestore.images import stamps
 from gpurestore.images.compression import Crew
@@ -36,6 +37,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 # Syncing many small files: the file system joins journal commits of files that are synced at the same time.
 _SYNC_THREADS = 8
+# What is awaited at once of a large file: a tenth of a second on a slow disk.
+_FLUSH_BYTES = 16 << 20
 
 
 class ImageWriter:
@@ -196,7 +199,7 @@ class ImageWriter:
     def commit(self, jobs: int | None = None, cancel: Cancel = lambda: False, sync: bool = True) -> Manifest:
         """Sync and hash everything, write ``gpurestore.json``, and rename. On return the dump is there to stay.
 
-        ``cancel`` is polled while files are hashed; once the rename is due it is not asked any more.
+        ``cancel`` is polled while files are synced and hashed; once the rename is due it is not asked any more.
         Hashing runs beside syncing, which on a disk takes longer. Without ``sync`` a crash of the machine soon
         afterwards may take the dump.
         """
@@ -237,6 +240,9 @@ class ImageWriter:
 
         def sync_all() -> None:
             largest_first = sorted(self._fds, key=lambda name: -sizes[name])
+            for name in largest_first:
+                if sizes[name] > _FLUSH_BYTES:
+                    _flush(self._fds[name], sizes[name], cancel)
             run_in_threads([partial(os.fsync, self._fds[name]) for name in largest_first], _SYNC_THREADS)
 
         run_in_threads([sync_all, hash_all] if sync else [hash_all], 2)
@@ -333,6 +339,21 @@ def _check_usable(final_dir: Path, fd: int, parent_fd: int) -> None:
 def _mount_id(fd: int) -> str:
     with open(f"/proc/self/fdinfo/{fd}") as info:
         return next(line for line in info if line.startswith("mnt_id:"))
+
+
+def _flush(fd: int, size: int, cancel: Cancel) -> None:
+    """Bring a file to the disk in steps that one can stop between; one is always on its way while another is awaited.
+
+    Raises CancelledError. What fails here is left to fsync to tell.
+    """
+    err = new_error()
+    for offset in range(0, size, _FLUSH_BYTES):
+        if cancel():
+            raise CancelledError("interrupted while the images were brought to the disk")
+        if lib.gr_pages_flush(fd, offset + _FLUSH_BYTES, _FLUSH_BYTES, 0, err) < 0:
+            return
+        if lib.gr_pages_flush(fd, offset, _FLUSH_BYTES, 1, err) < 0:
+            return
 
 
 def _free_bytes(fd: int) -> int:

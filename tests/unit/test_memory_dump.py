@@ -259,12 +259,13 @@ def test_threads_say_what_they_wrote_and_when(folder: Path) -> None:
         return [start]
 
     with MemoryChild(prepare) as child, ImageWriter(folder / "images") as writer:
-        pages = memory.PagesFile(writer, 1, 3, None, None)
+        progress = memory.Progress()
+        pages = memory.PagesFile(writer, 1, 3, None, progress)
         began = time.monotonic_ns()
         pages.add_from_task(child.pid, memory.scan(child.pid, [area(child.values[0], 1000 * PAGE)], memory.STORED))
-        assert len(pages.workers) == 3
-        assert sum(worker.bytes for worker in pages.workers) == pages.size == 1000 * PAGE
-        for worker in pages.workers:
+        assert len(progress.workers) == 3
+        assert sum(worker.bytes for worker in progress.workers) == pages.size == 1000 * PAGE
+        for worker in progress.workers:
             assert began <= worker.begin_ns <= worker.end_ns <= time.monotonic_ns()
 
 

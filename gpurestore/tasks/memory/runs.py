@@ -7,7 +7,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpurestore.core import check, ffi, lib, new_error
 from gpurestore.tasks.maps import PAGE_BYTES
@@ -77,11 +77,20 @@ class PageRuns:
         return self.made_by(lambda out, err: lib.gr_page_runs_combine(ours, theirs, op, out, err))
 
 
+class WorkerTimes(NamedTuple):
+    """What one thread moved, and when, by the monotonic clock."""
+
+    begin_ns: int
+    end_ns: int
+    bytes: int
+
+
 class Progress:
-    """A count of bytes that C threads raise while they work and that anybody may read."""
+    """A count of bytes that C threads raise while they work and that anybody may read; who did what, in the end."""
 
     def __init__(self) -> None:
         self.counter: Any = ffi.new("uint64_t *")
+        self.workers: list[WorkerTimes] = []
 
     @property
     def done_bytes(self) -> int:

@@ -6,7 +6,7 @@ import errno
 import os
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from gpurestore.core import Cancel, ffi, lib
 from gpurestore.errors import CoreError
@@ -16,7 +16,7 @@ from gpurestore.images.pagemap import PRESENT, write_pagemap
 from gpurestore.tasks import vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES
 from gpurestore.tasks.memory.compressed import CompressedPagesFile
-from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs, u64
+from gpurestore.tasks.memory.runs import PageRuns, Progress, WorkerTimes, default_jobs, u64
 
 if TYPE_CHECKING:
     from gpurestore.images.writer import ImageWriter
@@ -130,14 +130,6 @@ def pages_file(
     return PagesFile(writer, pages_id, jobs, cancel, progress)
 
 
-class WorkerTimes(NamedTuple):
-    """What one thread wrote, and when, by the monotonic clock."""
-
-    begin_ns: int
-    end_ns: int
-    bytes: int
-
-
 class PagesFile:
     """A pages image in the making: runs are written one behind the other, each by several threads.
 
@@ -153,7 +145,6 @@ class PagesFile:
         self._fd = writer.open_pages(self._name)
         self._crc64 = 0
         self.size = 0
-        self.workers: list[WorkerTimes] = []
 
     def add_from_task(self, pid: int, runs: PageRuns, kept: Sequence[tuple[int, int]] = ()) -> PageRuns:
         """Append pages of a frozen task; returns those that were stored, without pages of zeros.
@@ -185,7 +176,8 @@ class PagesFile:
         written = stored.total_bytes
         self._crc64 = int(lib.gr_crc64_combine(self._crc64, target.crc64, written))
         self.size += written
-        self.workers += [WorkerTimes(t.begin_ns, t.end_ns, t.bytes) for t in times[0 : target.nr_times]]
+        if self._progress:
+            self._progress.workers += [WorkerTimes(t.begin_ns, t.end_ns, t.bytes) for t in times[0 : target.nr_times]]
         return stored
 
     def finish(self, kind: str, ident: int, stored: PageRuns) -> None:
