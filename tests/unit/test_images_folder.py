@@ -17,6 +17,7 @@ from support import image_samples as samples
 
 from gpurestore.errors import CancelledError, GpurestoreError, ImageError, UsageError
 from gpurestore.images import hashing, pb
+from gpurestore.images import writer as writer_module
 from gpurestore.images.container import encode_image
 from gpurestore.images.folder import GhostRun, ImageFolder
 from gpurestore.images.inventory import build_inventory
@@ -155,6 +156,33 @@ def test_a_cancelled_commit_leaves_nothing(tmp_path):
         samples.fill(writer)
         with pytest.raises(CancelledError):
             writer.commit(cancel=lambda: True)
+    assert _names(tmp_path) == []
+
+
+def test_a_long_way_to_the_disk_can_be_cancelled(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "_FLUSH_BYTES", 1 << 16)
+    asked = []
+
+    def cancel() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
+    with ImageWriter(tmp_path / "images") as writer:
+        fd = writer.open_pages("pages-1.img")
+        os.pwrite(fd, bytes(1 << 20), 0)
+        writer.summed("pages-1.img", 1 << 20, 0)
+        with pytest.raises(CancelledError, match="brought to the disk"):
+            writer.commit(cancel=cancel)
+    assert len(asked) == 4
+    assert _names(tmp_path) == []
+
+
+def test_pages_that_are_not_as_long_as_what_was_summed_are_refused(tmp_path):
+    with ImageWriter(tmp_path / "images") as writer:
+        os.pwrite(writer.open_pages("pages-1.img"), b"x", 0)
+        writer.summed("pages-1.img", 4096, 0)
+        with pytest.raises(GpurestoreError, match=r"pages-1\.img has 1 bytes, and 4096 were written"):
+            writer.commit(sync=False)
     assert _names(tmp_path) == []
 
 
