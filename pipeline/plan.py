@@ -200,6 +200,8 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
         yield from (f"task {pid}: {call}" for call in [*task.strip, *task.files, *task.mappings])
         pages = tree.tasks[pid].pages
         yield f"task {pid}: read {pages.total_bytes} bytes of {pages.pages_name} in {pages.nr_chunks} pieces"
+        if pages.huge:
+            yield f"task {pid}: {pages.counts.huge_bytes} of them into huge pages"
         if (late := tree.tasks[pid].lazy) is not None:
             yield f"task {pid}: leave {late.total_bytes} bytes of {len(late.ranges)} mappings to come lazily"
         yield from (f"task {pid}: {call}" for call in [*task.finish, *task.late])
