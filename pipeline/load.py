@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpurestore import core
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
@@ -104,11 +105,13 @@ def load(
     openers: Openers | None = None,
     ways: Ways = memory.DEFAULT_WAYS,
     fault_order: FaultOrder | None = None,
+    cancel: core.Cancel | None = None,
 ) -> LoadedTree:
     """Read every image of a tree. Raises ImageError when one is missing, damaged, or contradicts another.
 
     ``openers`` gives back the files that device plugins claimed, ``ways`` says how memory shall come in. With a
-    ``fault_order``, be it empty, it comes lazily as far as it can.
+    ``fault_order``, be it empty, it comes lazily as far as it can. ``cancel`` ends what is copied when files
+    are opened.
     """
     entries = pstree.checked(folder.read("pstree"))
     extension = folder.manifest.extension if folder.manifest is not None else {}
@@ -133,7 +136,7 @@ def load(
         tasks,
         objects,
         shmem.plan(folder, objects, ways),
-        StagedFiles(folder, openers=openers),
+        StagedFiles(folder, openers, ways, cancel),
         facts,
         ways,
     )

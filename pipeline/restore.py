@@ -154,7 +154,7 @@ class _Restore:
                 span.set(bytes=await self._run(check))
         async with self._walk.stage(graph.LOAD):
             order = await self._run(self._lazy.read_order) if self._lazy is not None else None
-            tree = await self._run(load.load, folder, self._devices, ways, order)
+            tree = await self._run(load.load, folder, self._devices, ways, order, self._stages.blocking.cancel)
         faults.point("restore.loaded")
         async with self._walk.stage(graph.CHECK):
             self._restorer = await self._run(Restorer.here)

@@ -22,9 +22,10 @@ import resource
 import stat
 import struct
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpurestore.batch import Call, Data
+from gpurestore.core import Cancel
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
@@ -33,7 +34,9 @@ from gpurestore.tasks import eventfds, external, fdinfo, filelocks, fs, ghosts, 
 from gpurestore.tasks.bulkcopy import Cancelled, never
 from gpurestore.tasks.filefacts import FileFacts
 from gpurestore.tasks.fileuses import FileUses
-from gpurestore.tasks.memfds import FillObject
+
+if TYPE_CHECKING:
+    from gpurestore.tasks.memory import Ways
 
 _SPARE_DESCRIPTORS = 64  # that the tool itself may need on top
 _KEEP_ID = 0xFFFFFFFF  # the saved user id stays, so that the way back is open
@@ -45,17 +48,18 @@ class StagedFiles:
     def __init__(
         self,
         folder: ImageFolder,
-        fill_object: FillObject | None = None,
-        cancelled: Cancelled = never,
         openers: external.Openers | None = None,
+        ways: Ways | None = None,
+        cancel: Cancel | None = None,
     ) -> None:
         """Reads the images; raises ImageError where they contradict themselves.
 
-        ``fill_object`` brings the content of a memfd back; left out, it is memory.fill_file with all processors.
-        ``cancelled`` is asked while contents are copied. ``openers`` gives back what device plugins claimed.
+        ``openers`` gives back what device plugins claimed. ``ways`` says how the memory of memfds comes in, ``cancel``
+        is polled while contents are copied.
         """
         self._folder = folder
-        self._cancelled = cancelled
+        self._ways, self._cancel = ways, cancel
+        self._cancelled: Cancelled = never if cancel is None else lambda: cancel.is_set
         self._openers = openers
         self._redirects: dict[int, dict[int, tuple[int, int]]] = {}
         self.uses = FileUses(folder)
@@ -65,11 +69,10 @@ class StagedFiles:
         self._fifo_data = pipes.data_by_id(_payloads(folder, "fifo-data"), facts.packets)
         self._remaps: dict[int, pb.remap_file_path_entry] = {r.orig_id: r for r in _messages(folder, "remap-fpath")}
         self._locks: list[pb.file_lock_entry] = _messages(folder, "filelocks")
-        self._checks_memfds = fill_object is None
         self._inodes: list[pb.memfd_inode_entry] = _messages(folder, "memfd")
         self._pipes = pipes.PipeStage(self._pipe_data, facts.pipes)
-        self._memfds = memfds.MemfdStage(self._inodes, fill_object or self._fill_memfd)
-        self._ghosts = ghosts.GhostStage(folder, cancelled)
+        self._memfds = memfds.MemfdStage(self._inodes, self._fill_memfd)
+        self._ghosts = ghosts.GhostStage(folder, self._cancelled)
         self._fifos_seen: set[int] = set()
         self._put_back: set[int] = set()
         self._created: list[str] = []
@@ -79,7 +82,8 @@ class StagedFiles:
     def _fill_memfd(self, fd: int, shmid: int, size: int) -> None:
         from gpurestore.tasks import memory
 
-        memory.fill_file(self._folder, shmid, fd, size)
+        ways = self._ways or memory.DEFAULT_WAYS
+        memory.fill_file(self._folder, shmid, fd, size, ways=ways, cancel=self._cancel)
 
     def _check_memfd(self, inode: pb.memfd_inode_entry) -> None:
         from gpurestore.tasks import memory
@@ -102,7 +106,7 @@ class StagedFiles:
         for pid, entry in self.uses.roots():
             findings += fs.check_root(f"pid {pid}", self._path(entry))
         for inode in self._inodes:
-            if self._checks_memfds and inode.size:
+            if inode.size:
                 self._check_memfd(inode)
         for data in (*self._pipe_data.values(), *self._fifo_data.values()):
             findings += pipes.check_capacity(data)

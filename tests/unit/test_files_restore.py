@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from support import image_samples
 
 from gpurestore.batch import Call, Data
-from gpurestore.errors import Finding, GpurestoreError, ImageError
+from gpurestore.core import Cancel
+from gpurestore.errors import CancelledError, Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import filelocks, fs, regfiles
@@ -276,6 +277,20 @@ def test_eventfds_come_back(life: Round) -> None:
     with pytest.raises(BlockingIOError):
         os.eventfd_read(now[fd])
     os.close(fd)
+
+
+def test_the_content_of_a_memfd_can_be_cancelled_and_leaves_nothing_open(life: Round) -> None:
+    fd = os.memfd_create("large")
+    os.write(fd, b"x" * (1 << 20))
+    folder = life.dump({fd})
+    os.close(fd)
+    cancel = Cancel()
+    staged = StagedFiles(folder, cancel=cancel)
+    cancel.set()
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(CancelledError):
+        staged.open_all(500)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_memfds_come_back_with_content_and_seals(life: Round) -> None:
