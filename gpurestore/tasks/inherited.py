@@ -35,6 +35,9 @@ log = logging.getLogger("gpurestore.memory")
 MIN_SHARED_BYTES = 1 << 20
 
 _MADV_DONTNEED = 4
+# Where a task has its own pages in place of its parent's, runs from this size on are dropped before they are filled.
+# Filling over a page that is shared copies it first; for a few that costs less than the system call that avoids it.
+_WORTH_DROPPING_PAGES = 16
 
 # What can differ between the mappings of parent and child, because it comes last in a restore.
 _CHANGEABLE_FLAGS = vmaflags.MAP_LOCKED
@@ -157,7 +160,7 @@ class Inherited(NamedTuple):
     """What a task has from its parent.
 
     ``bases``: the parent's mapping around each mapping of the task that is kept, by the latter's start. ``dropped``:
-    pages that the parent has in there and the task does not.
+    pages that the parent has in there and the task has not, or has its own of.
     """
 
     parent: int
@@ -175,7 +178,7 @@ class Inherited(NamedTuple):
         return {start: parents[base.start] for start, base in self.bases.items()}
 
     def plan_drop(self) -> list[Call]:
-        """Let go of pages that the parent has in what is kept and the task has not: before any are filled."""
+        """Let go of what the parent has in what is kept and the task shall not see: before anything is filled."""
         return [
             Call(
                 NR.MADVISE, (start, nr_pages * PAGE_BYTES, _MADV_DONTNEED), f"dropping {nr_pages} pages at {start:x}", 0
@@ -231,7 +234,13 @@ def _load_one(
             raise ImageError(f"{name}: damaged: {wrong.nr_pages[0]} pages at {wrong.vaddrs[0]:#x}, {why}")
     kept = {vma.start: parts[vma.start] for vma in mms[pid].vmas if vma.start in parts and _touches(vma, runs)}
     ranges = PageRuns.of_ranges([(vma.start, vma.end) for vma in mms[pid].vmas if vma.start in kept])
-    return Inherited(parent, runs, kept, (ranges & pages[parent]) - runs)
+    unwanted = (ranges & pages[parent]) - runs
+    return Inherited(parent, runs, kept, (unwanted - pages[pid]) | _long_ones(unwanted & pages[pid]))
+
+
+def _long_ones(runs: PageRuns) -> PageRuns:
+    chosen = [(address, nr_pages) for address, nr_pages in runs if nr_pages >= _WORTH_DROPPING_PAGES]
+    return PageRuns(array("Q", (address for address, _ in chosen)), array("Q", (nr_pages for _, nr_pages in chosen)))
 
 
 def _touches(vma: pb.vma_entry, runs: PageRuns) -> bool:
