@@ -249,10 +249,14 @@ class _Dump:
         for pid in sorted(jobs, key=lambda pid: -jobs[pid]):
             entry = collected.mms[pid]
             calls.append(partial(self._write_memory, writer, pid, entry, stored, jobs[pid], blocking.cancel))
+        ancestral = {pid: witness.runs for pid, witness in sharing.witnesses.items()}
+        for pid, witness in sharing.witnesses.items():
+            entry = collected.mms[witness.pid]
+            calls.append(partial(self._write_ancestral, writer, pid, witness.pid, entry, ancestral, blocking.cancel))
         for item in objects.values():
             calls.append(partial(self._write_shared, writer, item, tasks, blocking.cancel))
         await blocking.all(calls, self._jobs)
-        await blocking.run(sharing.write, writer, stored)
+        await blocking.run(sharing.write, writer, stored, ancestral)
         async with self._spans.span("files"):
             await blocking.run(table.write, writer, partial(self._save_object, writer, blocking.cancel))
         faults.point("dump.written")
@@ -267,8 +271,8 @@ class _Dump:
         sharing = inherited.Sharing(collected.mms, collected.parents if sees_frames else {})
         async with self._spans.span("find pages"):
             await blocking.all([partial(sharing.look_at, pid, blocking.cancel) for pid in collected.mms], self._jobs)
-            sharing.settle()
-        self._shares_memory = sharing.shared_bytes > 0
+            await blocking.run(sharing.settle, blocking.cancel)
+        self._shares_memory = sharing.is_any
         log.info("memory shared since a fork and stored once: %d bytes", sharing.shared_bytes)
         return sharing
 
@@ -298,6 +302,31 @@ class _Dump:
             for number, worker in enumerate(done.workers, 1):
                 track = f"{span.track}{WORKER_TRACK}{number}"
                 self._spans.add("write", track, worker.begin_ns, worker.end_ns, part_of=span, bytes=worker.bytes)
+            self._memory_bytes += runs[pid].total_bytes
+
+    def _write_ancestral(
+        self,
+        writer: ImageWriter,
+        pid: int,
+        witness: int,
+        entry: pb.mm_entry,
+        runs: dict[int, memory.PageRuns],
+        cancel: core.Cancel,
+    ) -> None:
+        """Write pages that the children of a task share without it, as one of them has them."""
+        with self._spans.span("ancestral memory", task=pid) as span:
+            runs[pid] = memory.dump(
+                writer,
+                witness,
+                entry,
+                next(self._pages_ids),
+                jobs=self._jobs,
+                cancel=cancel,
+                runs=runs[pid],
+                kind="ancestral",
+                ident=pid,
+            )
+            span.set(bytes=runs[pid].total_bytes)
             self._memory_bytes += runs[pid].total_bytes
 
     def _write_shared(

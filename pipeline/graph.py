@@ -52,6 +52,7 @@ class TaskFacts(NamedTuple):
 
     ``born_after``: another such child of that parent, cloned before it. ``born_with``: the task at whose birth this one
     is born, too, as its child, or as another one of its parent's. ``lazy_bytes`` come when it runs already.
+    ``ancestral_bytes``: of memory that is there only while children are born; ``replaced_bytes``: of what comes then.
     """
 
     pid: int
@@ -61,6 +62,8 @@ class TaskFacts(NamedTuple):
     born_after: int | None = None
     born_with: int | None = None
     lazy_bytes: int = 0
+    ancestral_bytes: int = 0
+    replaced_bytes: int = 0
 
     @property
     def behind(self) -> set[int]:
@@ -119,6 +122,8 @@ def facts_of(tree: LoadedTree) -> TreeFacts:
             born_after=births.previous.get(pid),
             born_with=births.with_heir.get(pid) if not task.inherited else None,
             lazy_bytes=task.lazy.total_bytes if task.lazy is not None else 0,
+            ancestral_bytes=task.ancestral.before.total_bytes if task.ancestral else 0,
+            replaced_bytes=task.ancestral.after.total_bytes if task.ancestral else 0,
         )
         for pid, task in tree.tasks.items()
     ]
@@ -156,7 +161,9 @@ def restore(facts: TreeFacts, plugins: Sequence[PluginFacts], *, verify: bool = 
     for task in order:
         _filling(made, task)
     for task in order:
-        needed = [_filled(made, task.pid), *(Node("birth", o.pid) for o in order if o.born_from == task.pid)]
+        needed = [_filled(made, task.pid), *(Node("birth", t.pid) for t in order if t.born_from == task.pid)]
+        if task.ancestral_bytes:
+            needed = [made.add(Node("own memory", task.pid), needed, task.replaced_bytes)]
         if task.lazy_bytes:
             # A child that is cloned late keeps what is there already, and gets what comes lazily by itself.
             needed = [made.add(Node("lazy pages", task.pid), needed)]
@@ -182,13 +189,15 @@ def _filling(made: _Builder, task: TaskFacts) -> None:
     for name in ("descriptors", "mappings", "threads"):
         before = made.add(Node(name, task.pid), [before])
     if task.memory_bytes:
-        made.add(Node("memory", task.pid), [before], task.memory_bytes)
+        before = made.add(Node("memory", task.pid), [before], task.memory_bytes)
+    if task.ancestral_bytes:
+        made.add(Node("ancestral memory", task.pid), [before], task.ancestral_bytes)
 
 
 def _filled(made: _Builder, pid: int) -> Node:
-    """The stage after which all memory of a task is in place."""
-    memory = Node("memory", pid)
-    return memory if memory in made else Node("threads", pid)
+    """The stage after which children can have all memory of a task."""
+    names = ("ancestral memory", "memory", "threads")
+    return next(node for name in names if (node := Node(name, pid)) in made)
 
 
 def _ending(made: _Builder, task: TaskFacts, plugins: Sequence[PluginFacts]) -> None:

@@ -16,7 +16,7 @@ from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
 from gpurestore.tasks.facts import load as load_facts
-from gpurestore.tasks.inherited import Inherited
+from gpurestore.tasks.inherited import Ancestral, Inherited
 from gpurestore.tasks.lazy import FaultOrder
 from gpurestore.tasks.memory import PagePlan, Ways, hugepages
 from gpurestore.tasks.memory.lazy import LazyPlan, obstacle
@@ -43,6 +43,7 @@ class LoadedTask:
     pages: PagePlan
     inherited: Inherited | None = None
     lazy: LazyPlan | None = None  # what comes when the task runs already
+    ancestral: Ancestral | None = None
 
     @property
     def pid(self) -> int:
@@ -52,6 +53,11 @@ class LoadedTask:
     def tids(self) -> list[int]:
         """Thread ids, the leader's first."""
         return list(self.cores)
+
+    @property
+    def filled(self) -> frozenset[int]:
+        """Starts of the private mappings that pages are written to before they get their final protection."""
+        return self.pages.filled | (self.ancestral.filled if self.ancestral else frozenset())
 
 
 @dataclass(slots=True)
@@ -124,8 +130,9 @@ def load(
             own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
             tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own, ways)
     mms = {pid: task.mm for pid, task in tasks.items()}
-    for pid, found in inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms).items():
-        tasks[pid].inherited = found
+    shares = inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms)
+    for pid, task in tasks.items():
+        task.inherited, task.ancestral = shares.inherited.get(pid), shares.ancestral.get(pid)
     if fault_order is not None:
         _make_lazy(folder, tasks, fault_order)
     objects = shmem.objects(mms)
@@ -182,6 +189,8 @@ def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order
         task = tasks[pid]
         task.pages = memory.plan_pages(folder, pid, task.mm, later=later)
         task.lazy, task.inherited = plan, inherited_part
+        if task.ancestral is not None:
+            task.ancestral = inherited.limit_ancestral(folder, pid, task.mm, task.ancestral, later)
 
 
 def check(tree: LoadedTree, restorer: Restorer) -> list[Finding]:

@@ -58,6 +58,8 @@ class Making:
             "descriptors": self._give_descriptors,
             "mappings": self._map,
             "threads": self._make_threads,
+            "ancestral memory": self._put_ancestral,
+            "own memory": self._put_own,
             "protections": self._protect,
             "state": self._finish_task,
             "park": self._park,
@@ -156,6 +158,17 @@ class Making:
         parent = (task.pid, self._plan.slots[task.pid])
         for tid in loaded.tids[1:]:
             self._tracer.clone(self._region, parent, tid, self._plan.slots[tid], flags=THREAD_FLAGS)
+
+    def _put_ancestral(self, task: TaskPlan) -> None:
+        """Show the children what the task has not any more."""
+        if ancestral := self._tree.tasks[task.pid].ancestral:
+            ancestral.before.run(task.pid, self._cancel)
+
+    def _put_own(self, task: TaskPlan) -> None:
+        """Now that they have it, bring back what the task has itself."""
+        if ancestral := self._tree.tasks[task.pid].ancestral:
+            self._call(task.pid, ancestral.plan_drop())
+            ancestral.after.run(task.pid, self._cancel)
 
     def _protect(self, task: TaskPlan) -> None:
         faults.point("restore.memory")

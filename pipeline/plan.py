@@ -125,7 +125,7 @@ def fill(plan: RestorePlan, tree: LoadedTree, restorer: Restorer) -> None:
             continue
         layouts[birth.pid] = vdso.target_layout(own, task.mm)
         kept = task.inherited.protections(made[task.inherited.parent]) if task.inherited else {}
-        made[birth.pid] = mm.made_with(task.mm, task.pages.filled, kept)
+        made[birth.pid] = mm.made_with(task.mm, task.filled, kept)
         plan.tasks[birth.pid] = _plan_task(plan, tree, task, own, restorer, made[birth.pid])
 
 
@@ -147,7 +147,7 @@ def _plan_task(
         task.mm,
         files.fd_of_mapping,
         plan.staging.__getitem__,
-        task.pages.filled,
+        task.filled,
         files.redirects_of(pid),
         kept,
         task.mm_facts,
@@ -204,6 +204,10 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
             yield f"task {pid}: {pages.counts.huge_bytes} of them into huge pages"
         if (late := tree.tasks[pid].lazy) is not None:
             yield f"task {pid}: leave {late.total_bytes} bytes of {len(late.ranges)} mappings to come lazily"
+        if ancestral := tree.tasks[pid].ancestral:
+            what = f"{ancestral.before.total_bytes} old bytes, then put back {ancestral.after.total_bytes}"
+            yield f"task {pid}: while children are born, show them {what}"
+            yield from (f"task {pid}: {call}" for call in ancestral.plan_drop())
         yield from (f"task {pid}: {call}" for call in [*task.finish, *task.late])
         for tid, last in task.threads.items():
             yield from (f"thread {tid}: {call}" for call in last)

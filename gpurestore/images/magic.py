@@ -66,6 +66,7 @@ _KINDS = (
     ImageKind("pagemap", 0x56084025, pb.pagemap_entry, "d", head=pb.pagemap_head),
     ImageKind("pagemap-shmem", 0x56084025, pb.pagemap_entry, "d", head=pb.pagemap_head),
     ImageKind("inherited", 0x48495247, pb.pagemap_entry, "d", head=pb.pagemap_head),  # ours alone
+    ImageKind("ancestral", 0x41495247, pb.pagemap_entry, "d", head=pb.pagemap_head),  # this one, too
     ImageKind("fs", 0x51403912, pb.fs_entry, "d"),
     ImageKind("fdinfo", 0x56213732, pb.fdinfo_entry, "d"),
     ImageKind("files", 0x56303138, pb.file_entry),

@@ -59,6 +59,7 @@ def plan_tree(
     A child cannot have from its parent what comes late: it gets pages of its own, from the parent's pages image.
     """
     pagemaps = {pid: read_pagemap(folder, "pagemap", pid) for pid in mms} if heirs else {}
+    old = {pid: read_pagemap(folder, "ancestral", pid) for pid in mms if heirs and folder.has("ancestral", pid)}
     found: dict[int, LateMemory] = {}
     for pid, mm in mms.items():
         heir = heirs.get(pid)
@@ -69,7 +70,7 @@ def plan_tree(
             for vma in mm.vmas
             if is_lazy(vma) or (vma.start in bases and bases[vma.start].start in from_parent)
         )
-        sources = inherited.resolve(pid, heirs, pagemaps) if heir is not None else []
+        sources = inherited.resolve(pid, heirs, pagemaps, old) if heir is not None else []
         plan = _plan(folder, pid, [vma for vma in mm.vmas if vma.start in later], cores[pid], sources, fault_order)
         found[pid] = LateMemory(later, plan, _without(heir, mm, later) if heir is not None else None)
     return found

@@ -46,6 +46,26 @@ def test_memory_is_stored_once_and_shared_again(tool: Tool, victims: Victims, fo
     victim.finish()
 
 
+def test_what_only_siblings_share_is_shared_again(tool: Tool, victims: Victims, folder: Path) -> None:
+    """The root wrote one page in sixteen after its workers were born."""
+    victim = victims.start("heirs")
+    before = proportional_bytes(victim)
+    dump(tool, victim, folder / "images")
+    assert summarize(folder / "images").stored_bytes < before * 1.1
+    restore(tool, victim, folder / "images")
+    assert proportional_bytes(victim) < before * 1.05
+    victim.finish()
+
+
+def test_compressed_images_share_the_same(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("heirs")
+    before = proportional_bytes(victim)
+    dump(tool, victim, folder / "images", "--compress", "lz4")
+    restore(tool, victim, folder / "images")
+    assert proportional_bytes(victim) < before * 1.05
+    victim.finish()
+
+
 def test_copies_are_stored_for_criu(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("heirs", "8", "2", "16")
     dump(tool, victim, folder / "images", "--criu-compatible")
@@ -61,8 +81,9 @@ def test_a_dry_run_tells_who_waits_for_whose_memory(tool: Tool, victims: Victims
     dump(tool, victim, folder / "images")
     said = tool.run("restore", "-D", str(folder / "images"), "--dry-run").expect(0).out
     root, first, second = victim.pids
-    assert f"stage birth of task {first} after memory of task {root}" in said
-    assert f"stage birth of task {second} after memory of task {root}, birth of task {first}" in said
+    assert f"stage birth of task {first} after ancestral memory of task {root}" in said
+    assert f"stage birth of task {second} after ancestral memory of task {root}, birth of task {first}" in said
+    assert f"task {root}: while children are born, show them " in said
     assert f"task {first}: cloned by task {root} when its memory is in place, keeps " in said
 
 

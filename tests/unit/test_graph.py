@@ -100,6 +100,14 @@ def test_births_of_one_parent_come_one_after_another_and_others_with_them() -> N
     assert Node("birth", 5) not in stages.nodes
 
 
+def test_what_only_children_shall_see_comes_and_goes_around_their_births() -> None:
+    stages = made(Task(1, 10, ancestral_bytes=8), Task(2, 3, born_from=1), Task(3, 3, born_from=1, born_after=2))
+    assert stages.after[Node("ancestral memory", 1)] == (Node("memory", 1),)
+    assert stages.after[Node("birth", 2)] == (Node("ancestral memory", 1),)
+    assert {Node("birth", 2), Node("birth", 3)} <= set(stages.after[Node("own memory", 1)])
+    assert stages.after[Node("protections", 1)] == (Node("own memory", 1),)
+
+
 def test_groups_that_are_made_late_need_all_tasks_and_their_agents() -> None:
     stages = graph.restore(graph.TreeFacts([Task(1, 1), Task(2, 1, born_from=1)], late_groups=True), [])
     assert {Node("protections", 1), Node("protections", 2)} == set(stages.after[graph.GROUPS])

@@ -17,6 +17,7 @@ from gpurestore.tasks.memory.filling import (
     read_page_bytes,
 )
 from gpurestore.tasks.memory.hugepages import HugePages
+from gpurestore.tasks.memory.patching import Patch, Piece, pieces
 from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs
 from gpurestore.tasks.memory.saving import (
     GUARD,
@@ -49,6 +50,8 @@ __all__ = [
     "PageRuns",
     "PagesFile",
     "PagesSource",
+    "Patch",
+    "Piece",
     "Progress",
     "Reading",
     "Ways",
@@ -59,6 +62,7 @@ __all__ = [
     "open_pages",
     "open_source",
     "pages_file",
+    "pieces",
     "plan_object",
     "plan_pages",
     "read_page_bytes",

@@ -54,17 +54,20 @@ def dump(
     cancel: Cancel | None = None,
     progress: Progress | None = None,
     runs: PageRuns | None = None,
+    kind: str = "pagemap",
+    ident: int | None = None,
 ) -> PageRuns:
     """Write ``pagemap-PID.img`` and ``pages-PAGES_ID.img`` of a frozen task; returns what its pagemap holds.
 
     Pages of anonymous memory that are all zero are not stored: that is what a new mapping shows anyway.
-    ``runs``: the pages to write, where they are not those that :func:`select` finds.
+    ``runs``: the pages to write, where they are not those that :func:`select` finds. ``kind`` and ``ident``: of another
+    image than the pagemap of this task.
     """
     if runs is None:
         runs = select(pid, mm, cancel)
     pages = pages_file(writer, pages_id, jobs, cancel, progress)
     stored = pages.add_from_task(pid, runs, zeros_matter(mm))
-    pages.finish("pagemap", pid, stored)
+    pages.finish(kind, pid if ident is None else ident, stored)
     return stored
 
 
