@@ -31,6 +31,10 @@ def test_what_becomes_of_inherited_memory_is_restored_in_every_task(tool: Tool, 
     round_trip(tool, victims.start("heirs"), 2, "-d", how)
 
 
+def test_memory_that_comes_lazily_comes_to_everybody(tool: Tool, victims: Victims) -> None:
+    round_trip(tool, victims.start("heirs"), 1, "-d", "--lazy")
+
+
 def test_memory_is_stored_once_and_shared_again(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("heirs", "64", "6", "2000")
     before = proportional_bytes(victim)
