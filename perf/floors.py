@@ -1,14 +1,7 @@
-"""The limits of this machine, measured by perf/floors.c and by fio: what nobody can be faster than.
-
-    perf/floors.py [--gib N] [--runs N] [--folder DIR]
-
-Run as a command it prints the table of docs/performance.md: a plain copy from the page cache into fresh memory, over
-threads, huge pages, population and chunk sizes.
-"""
+"""The limits of this machine, measured by perf/floors.c and by fio: what nobody can be faster than."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -16,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import GIB, MIB, Programs, Series, digits, markdown_table, timed, workshop
+from measure import MIB, Programs, timed
 
 KINDS = ("small", "huge", "shared", "shared-huge")
 _MIN_TOUCH = 64 * MIB
@@ -68,21 +61,34 @@ class Floors:
         """Seconds for reading ``files`` from the page cache into fresh memory."""
         return self._run("copy", "--threads", str(threads), *way.options, *files)[0]
 
-    def write(self, target: Path, nr_bytes: int, threads: int, *, direct: bool = False, sync: bool = False) -> float:
+    def write(
+        self,
+        target: Path,
+        nr_bytes: int,
+        threads: int,
+        *,
+        chunk_bytes: int = 4 * MIB,
+        direct: bool = False,
+        sync: bool = False,
+    ) -> float:
         """Seconds for writing memory to the new file ``target``, which is removed again."""
         flags = ["--direct"] * direct + ["--sync"] * sync
-        options = ["--memory", "huge", "--bytes", str(nr_bytes), "--threads", str(threads), "--chunk", str(4 * MIB)]
+        options = ["--memory", "huge", "--bytes", str(nr_bytes), "--threads", str(threads), "--chunk", str(chunk_bytes)]
         try:
             return self._run("write", *options, *flags, target)[0]
         finally:
             target.unlink(missing_ok=True)
 
-    def read_disk(self, file: Path) -> float:
-        """Seconds for reading ``file`` past the page cache, by fio where that is installed."""
+    def read_directly(self, file: Path, depth: int, chunk_bytes: int) -> float:
+        """Seconds for reading ``file`` past the page cache, by as many threads as ``depth`` says."""
+        return self._run("read", "--threads", str(depth), "--chunk", str(chunk_bytes), file)[0]
+
+    def read_disk(self, file: Path, depth: int = 32, chunk_bytes: int = MIB) -> float:
+        """The same by fio, where that is installed."""
         if not self.fio:
-            return self._run("read", "--threads", "32", "--chunk", str(MIB), file)[0]
+            return self.read_directly(file, depth, chunk_bytes)
         command = [self.fio, "--name=floor", f"--filename={file}", "--rw=read", "--direct=1", "--ioengine=io_uring"]
-        command += ["--iodepth=32", "--bs=1M", "--readonly", "--output-format=json"]
+        command += [f"--iodepth={depth}", f"--bs={chunk_bytes}", "--readonly", "--output-format=json"]
         job = json.loads(timed(command)[1])["jobs"][0]["read"]
         # fio reads whole blocks only: what is left at the end of the file takes its share.
         return float(job["runtime"]) / 1000 * file.stat().st_size / int(job["io_bytes"])
@@ -99,38 +105,3 @@ class Floors:
     def _run(self, *arguments: str | Path) -> tuple[float, int]:
         answer = json.loads(timed([self._program, *arguments])[1])
         return float(answer["seconds"]), int(answer["bytes"])
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the file (default: 1)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each (default: 3)")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="where it lies (default: /dev/shm)")
-    parser.add_argument("--memory", nargs="+", choices=KINDS, default=KINDS, help="kinds of memory (default: all)")
-    args = parser.parse_args()
-    nr_bytes = int(args.gib * GIB)
-    chunks = [256 << 10, 1 * MIB, 4 * MIB, 16 * MIB]
-    rows = [["threads", "memory", "populated", *(f"{chunk >> 10} KiB" for chunk in chunks)]]
-    with workshop(args.folder) as (programs, folder):
-        floors = Floors(programs)
-        file = folder / "pages"
-        file.write_bytes(b"")
-        with open(file, "wb") as out:
-            for _ in range(nr_bytes // MIB):
-                out.write(os.urandom(MIB))
-        for threads in sorted({1, default_threads(), 2 * default_threads()}):
-            for memory in args.memory:
-                for populate in ("none", "ahead"):
-                    series = [Series() for _ in chunks]
-                    for _ in range(args.runs):
-                        for chunk, entry in zip(chunks, series, strict=True):
-                            floors.touch(nr_bytes)
-                            entry.values.append(floors.copy([file], Way(memory, populate, chunk), threads))
-                    cells = [digits(nr_bytes / entry.median / 1e9) for entry in series]
-                    rows.append([str(threads), memory, populate, *cells])
-    print("\n".join(markdown_table(rows)) + "\nGB/s, medians")
-
-
-if __name__ == "__main__":
-    main()

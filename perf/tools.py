@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,19 @@ class Criu:
         seconds = self._timed("restore", images, ["-d", *options])
         restored_us = read_stats(images / "stats-restore").get(_RESTORE_TIME, 0)
         return Run({"command": seconds, "engine": restored_us / 1e6}, {})
+
+    def restore_lazily(self, images: Path) -> subprocess.Popen[bytes]:
+        """``criu restore --lazy-pages``, detached, with a daemon that brings the pages in: that is returned."""
+        socket = images / "lazy-pages.socket"
+        socket.unlink(missing_ok=True)
+        command: list[str | Path] = [self.program, "lazy-pages", "-D", images, "-o", "lazy-pages.log"]
+        daemon = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not socket.exists() and daemon.poll() is None:
+            time.sleep(0.001)
+        self._timed("restore", images, ["-d", "--lazy-pages"])
+        return daemon
 
     def _timed(self, command: str, images: Path, options: Sequence[str]) -> float:
         log = images / f"{command}.log"

@@ -40,7 +40,9 @@ def of_restore(tree: Subject, options: tuple[str, ...]) -> None:
     line = tree.outcome.line(" ".join(("end of a restore", *options)), "ours", "gpurestore")
     tree.warm_up()
     command = [*GPURESTORE, "restore", "-d", "-D", str(tree.images), *options]
-    seconds = interrupt(command, lambda: resident_bytes(tree.victim.pid) / tree.nr_bytes)
+    # A lazy restore moves nothing before it is done: there the signal comes as soon as the task is there.
+    least = 0 if "--lazy" in options else _BEGIN_SHARE
+    seconds = interrupt(command, lambda: resident_bytes(tree.victim.pid) / tree.nr_bytes, least)
     if seconds is None:
         processes.kill([tree.victim.pid])
         processes.wait_gone([tree.victim.pid])
@@ -71,10 +73,10 @@ def of_dump(tree: Subject) -> None:
     line.add("command", seconds)
 
 
-def interrupt(command: list[str], share: Callable[[], float]) -> float | None:
+def interrupt(command: list[str], share: Callable[[], float], least: float = _BEGIN_SHARE) -> float | None:
     """Send SIGINT when a share of the memory has been moved; seconds until the end, None where there was no time."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and not _BEGIN_SHARE < share() < _END_SHARE:
+    while process.poll() is None and not least < share() < _END_SHARE:
         time.sleep(0.001)
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
 /*
  * Notes when it goes on after a restore, and when it has read one word of every page: argument 2 MiB, argument 3 random
  * (pages in an order without a pattern) or forward. `go` is made before the restore, so that it is seen at once; times
- * (nanoseconds of the monotonic clock) go to `resumed` and `passed`. Everything is verified afterwards.
+ * go to `resumed` and `passed`, nanoseconds of the real-time clock: the monotonic one is shifted by CRIU. Everything is
+ * verified afterwards.
  */
 #include "victim.h"
 
@@ -12,7 +13,7 @@ static void note(const char *name)
 	struct timespec now;
 	char text[64];
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
+	clock_gettime(CLOCK_REALTIME, &now);
 	victim_put(name, text, snprintf(text, sizeof(text), "%lld", now.tv_sec * 1000000000ll + now.tv_nsec));
 }
 
