@@ -8,7 +8,7 @@
  *   floors evict FILE...   drop files from the page cache
  *   floors cached FILE...  how many of their bytes are in the page cache
  *
- *   --threads N  --chunk BYTES  --bytes BYTES  --direct  --sync
+ *   --threads N  --chunk BYTES  --bytes BYTES  --direct  --sync  --mapped (write through a mapping of the file)
  *   --memory small|huge|shared|shared-huge     what is read into: pages of 4 KiB or huge ones, private or shared
  *   --populate none|ahead                      let the copy fault pages in, or madvise(POPULATE_WRITE) each chunk first
  *
@@ -42,12 +42,12 @@
 struct options {
 	const char *memory, *populate;
 	size_t chunk, bytes;
-	int threads, direct, sync;
+	int threads, direct, sync, mapped;
 };
 
 struct file {
 	const char *name;
-	char *at;
+	char *at, *mapping;
 	size_t bytes;
 	int fd;
 };
@@ -159,6 +159,22 @@ static void write_chunk(const struct queue *queue, const struct file *file, size
 	}
 }
 
+static void map_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
+{
+	(void)queue;
+	populate(file->mapping + offset, bytes);
+	memcpy(file->mapping + offset, file->at + offset, bytes);
+}
+
+static void map_new_file(struct file *file)
+{
+	if (ftruncate(file->fd, file->bytes))
+		DIE("growing %s", file->name);
+	file->mapping = mmap(NULL, file->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
+	if (file->mapping == MAP_FAILED)
+		DIE("mapping %s", file->name);
+}
+
 static void read_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
 {
 	static __thread char *buffer;
@@ -223,15 +239,20 @@ static void write_out(const struct options *options, struct file *file)
 {
 	struct queue filling = { .options = options, .files = file, .nr_files = 1, .work = fill_chunk };
 	struct queue queue = { .options = options, .files = file, .nr_files = 1, .work = write_chunk };
+	int flags = O_CREAT | O_EXCL | O_CLOEXEC | (options->direct ? O_DIRECT : 0);
 	double begin;
 
 	file->bytes = options->bytes;
 	file->at = fresh(options, file->bytes);
 	run(&filling);
 	begin = now();
-	file->fd = open(file->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | (options->direct ? O_DIRECT : 0), 0600);
+	file->fd = open(file->name, flags | (options->mapped ? O_RDWR : O_WRONLY), 0600);
 	if (file->fd < 0)
 		DIE("making %s", file->name);
+	if (options->mapped) {
+		map_new_file(file);
+		queue.work = map_chunk;
+	}
 	run(&queue);
 	if (options->sync && fsync(file->fd))
 		DIE("syncing %s", file->name);
@@ -327,6 +348,8 @@ int main(int argc, char **argv)
 			options.direct = 1;
 		else if (is(argv[i], "--sync"))
 			options.sync = 1;
+		else if (is(argv[i], "--mapped"))
+			options.mapped = 1;
 		else if (argv[i][0] == '-' && i + 1 < argc)
 			set(&options, argv[i], argv[i + 1]), i++;
 		else if (nr < MAX_FILES)

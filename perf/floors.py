@@ -12,6 +12,7 @@ from pathlib import Path
 from measure import MIB, Programs, timed
 
 KINDS = ("small", "huge", "shared", "shared-huge")
+DEPTHS = (4, 32)  # of reads from a disk; some are quicker with few reads under way
 _MIN_TOUCH = 64 * MIB
 
 
@@ -55,7 +56,7 @@ class Floors:
     @property
     def disk_reader(self) -> str:
         """What measures the disk."""
-        return "fio, io_uring, depth 32, 1 MiB" if self.fio else "our O_DIRECT reader, 32 threads, 1 MiB"
+        return "fio, io_uring, 1 MiB" if self.fio else "our O_DIRECT reader, 1 MiB"
 
     def copy(self, files: Sequence[Path], way: Way, threads: int) -> float:
         """Seconds for reading ``files`` from the page cache into fresh memory."""
@@ -70,9 +71,10 @@ class Floors:
         chunk_bytes: int = 4 * MIB,
         direct: bool = False,
         sync: bool = False,
+        mapped: bool = False,
     ) -> float:
         """Seconds for writing memory to the new file ``target``, which is removed again."""
-        flags = ["--direct"] * direct + ["--sync"] * sync
+        flags = ["--direct"] * direct + ["--sync"] * sync + ["--mapped"] * mapped
         options = ["--memory", "huge", "--bytes", str(nr_bytes), "--threads", str(threads), "--chunk", str(chunk_bytes)]
         try:
             return self._run("write", *options, *flags, target)[0]
@@ -83,7 +85,7 @@ class Floors:
         """Seconds for reading ``file`` past the page cache, by as many threads as ``depth`` says."""
         return self._run("read", "--threads", str(depth), "--chunk", str(chunk_bytes), file)[0]
 
-    def read_disk(self, file: Path, depth: int = 32, chunk_bytes: int = MIB) -> float:
+    def read_disk(self, file: Path, depth: int, chunk_bytes: int = MIB) -> float:
         """The same by fio, where that is installed."""
         if not self.fio:
             return self.read_directly(file, depth, chunk_bytes)

@@ -79,12 +79,13 @@ def copies(kinds: Sequence[str], floors: Floors, folder: Path, nr_bytes: int) ->
 
 def writes(floors: Floors, folder: Path, nr_bytes: int) -> Iterator[Row]:
     """From memory into a new file."""
-    for nr in sorted({1, default_threads(), 2 * default_threads()}):
+    threads = sorted({1, default_threads(), 2 * default_threads()})
+    for mapped, nr in product((False, True), threads):
 
-        def seconds(chunk_bytes: int, nr: int = nr) -> float:
-            return floors.write(folder / "written", nr_bytes, nr, chunk_bytes=chunk_bytes)
+        def seconds(chunk_bytes: int, nr: int = nr, mapped: bool = mapped) -> float:
+            return floors.write(folder / "written", nr_bytes, nr, chunk_bytes=chunk_bytes, mapped=mapped)
 
-        yield [f"{nr} threads"], seconds
+        yield [f"{nr} threads", "through a mapping" if mapped else "pwrite"], seconds
 
 
 def disk_reads(floors: Floors, folder: Path, nr_bytes: int) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from floors import DEPTHS
 from measure import MIB, Broken
 from subject import subject
 from suite import Bench, Contender, Outcome, Skipped, pages_files
@@ -23,19 +24,25 @@ def run(bench: Bench, outcome: Outcome) -> None:
         (pages,) = pages_files(tree.images)
         if left_in_cache(bench, tree.images):
             raise Skipped(f"files in {bench.disk} cannot be dropped from the page cache; name a folder with --disk")
-        line = outcome.line(what, "floor", bench.floors.disk_reader, pages.stat().st_size)
-
-        def floor() -> None:
-            line.add("command", bench.floors.read_disk(pages))
-
         folders = [tree.images, tree.criu_images]
-        contenders = [*tree.contenders(what, [(), ("--no-verify",)]), floor]
+        contenders = tree.contenders(what, [(), ("--no-verify",)]) + disk_floors(bench, outcome, what, pages)
         bench.in_turns([from_cold(bench, folders, contender) for contender in contenders])
     # Verifying reads all images first: afterwards they are in the page cache, and memory alone says nothing.
     outcome.line(what, "ours", "gpurestore").compared_by = "engine"
     outcome.want_share(outcome.line(what, "ours", "gpurestore --no-verify"), 0.9)
     for name in ("gpurestore", "gpurestore --no-verify"):
         outcome.want_faster(outcome.line(what, "ours", name), outcome.best(what, "criu", "command"), 1)
+
+
+def disk_floors(bench: Bench, outcome: Outcome, what: str, pages: Path) -> list[Contender]:
+    """Contenders: reads of ``pages`` past the page cache, with few and with many of them under way."""
+
+    def contender(depth: int) -> Contender:
+        name = f"{bench.floors.disk_reader}, depth {depth}"
+        line = outcome.line(what, "floor", name, pages.stat().st_size)
+        return lambda: line.add("command", bench.floors.read_disk(pages, depth))
+
+    return [contender(depth) for depth in DEPTHS]
 
 
 def from_cold(bench: Bench, folders: list[Path], contender: Contender) -> Callable[[], None]:

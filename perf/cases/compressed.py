@@ -8,9 +8,9 @@ from pathlib import Path
 
 from measure import MIB
 from subject import subject
-from suite import Bench, Contender, Line, Outcome, pages_files
+from suite import Bench, Contender, Outcome, pages_files
 
-from cases.cold import from_cold
+from cases.cold import disk_floors, from_cold
 from cases.dump import Dumps
 
 NAME = "compressed"
@@ -27,7 +27,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
     hot, cold = f"restore of {mib} MiB from the page cache", f"restore of {mib} MiB from the disk"
     restores(bench, outcome, hot, bench.folder, mib)
     restores(bench, outcome, cold, bench.disk, mib)
-    disk = outcome.line(cold, "floor", f"plain image, {bench.floors.disk_reader}")
+    disk = outcome.best(cold, "floor")
     for how in HOW:
         outcome.want_faster(outcome.line(hot, "ours", f"gpurestore, {how}"), disk, 1, clock=None)
 
@@ -68,11 +68,6 @@ def restores(bench: Bench, outcome: Outcome, what: str, place: Path, mib: int) -
             contenders.append(from_cold(bench, [tree.images], partial(tree.restore, line, "--no-verify")))
             if how == PLAIN:
                 (pages,) = pages_files(tree.images)
-                floor = outcome.line(what, "floor", f"plain image, {bench.floors.disk_reader}", mib * MIB)
-                contenders.append(from_cold(bench, [tree.images], partial(read, bench, floor, pages)))
+                floors = disk_floors(bench, outcome, what, pages)
+                contenders += [from_cold(bench, [tree.images], floor) for floor in floors]
         bench.in_turns(contenders)
-
-
-def read(bench: Bench, line: Line, pages: Path) -> None:
-    """What the disk gives."""
-    line.add("command", bench.floors.read_disk(pages))

@@ -22,7 +22,11 @@ def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
     mib = bench.size(1024, 4096, copies=3.3)
     warm = Dumps(bench, outcome, f"dump of {mib} MiB into memory", "idle", bench.folder, mib)
-    warm.measure([()], [partial(warm.floor, "plain copy into a new file")])
+    floors = [
+        partial(warm.floor, "plain copy into a new file"),
+        partial(warm.floor, "plain copy into a mapping of a new file", mapped=True),
+    ]
+    warm.measure([()], floors)
     warm.verify()
     mib = bench.size(256, 4096, copies=3.3)
     disk = Dumps(bench, outcome, f"dump of {mib} MiB onto a disk", "idle", bench.disk, mib)
@@ -79,13 +83,12 @@ class Dumps:
         run: Run = criu.dump(self.victim.pid, self._images("criu", criu), "-R")
         line.add_run(run)
 
-    def floor(self, name: str, *, sync: bool = False, direct: bool = False) -> None:
+    def floor(self, name: str, **how: bool) -> None:
         """A plain copy of as much memory into a file."""
         line = self.outcome.line(self.what, "floor", name, self.nr_bytes)
         # The program holds as much memory as it writes.
         self.bench.floors.touch(2 * self.nr_bytes)
-        target = self.target / "floor"
-        line.add("command", self.bench.floors.write(target, self.nr_bytes, default_threads(), direct=direct, sync=sync))
+        line.add("command", self.bench.floors.write(self.target / "floor", self.nr_bytes, default_threads(), **how))
 
     def verify(self) -> None:
         """What each tool dumped last is restored and verifies itself."""
