@@ -145,6 +145,14 @@ class Bench:
         if not self.gpurestore.has(command, option):
             raise Skipped(f"this version of gpurestore {command} has no {option}")
 
+    def variants(self, command: str, wanted: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Those sets of options that the tool knows."""
+        return [
+            options
+            for options in wanted
+            if all(self.gpurestore.has(command, option.partition("=")[0]) for option in options)
+        ]
+
     def in_turns(self, contenders: Sequence[Contender], runs: int | None = None) -> None:
         """Run all of them once per turn; another one begins in each turn, so that none always follows the same."""
         for turn in range(runs or self.runs):

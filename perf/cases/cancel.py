@@ -13,6 +13,8 @@ from subject import Subject, subject
 from suite import Bench, Outcome
 from support import processes
 
+from cases.cold import from_cold
+
 NAME = "cancel"
 TITLE = "Cancellation in the midst of memory"
 LIMIT_S = 0.2
@@ -24,20 +26,24 @@ def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
     mib = bench.size(1024, 4096, copies=2.2)
     with subject(bench, outcome, "idle", mib, with_criu=False) as tree:
-        bench.in_turns([partial(of_restore, tree, options) for options in ((), ("--no-verify",))])
-        if bench.gpurestore.has("restore", "--lazy"):
-            bench.in_turns([partial(of_restore, tree, ("--lazy",))])
+        modes = [(), *bench.variants("restore", [("--verify",), ("--lazy",)])]
+        bench.in_turns([partial(of_restore, tree, " ".join(("end of a restore", *mode)), mode) for mode in modes])
         tree.bench.gpurestore.restore(tree.images)
         bench.in_turns([partial(of_dump, tree)])
         tree.verify()
+    with subject(bench, outcome, "idle", mib, where=bench.disk, with_criu=False) as tree:
+        bench.in_turns([from_cold(bench, [tree.images], partial(of_restore, tree, "end of a cold restore", ()))])
+    for options in bench.variants("dump", [("--compress=lz4",)]):
+        with subject(bench, outcome, "compressible", mib, dump_options=options, with_criu=False) as tree:
+            bench.in_turns([partial(of_restore, tree, "end of a restore of compressed images", ())])
     for line in outcome.lines:
         if line.series:
             outcome.want_below(line.what, LIMIT_S, max(line.series["command"].values), "s")
 
 
-def of_restore(tree: Subject, options: tuple[str, ...]) -> None:
+def of_restore(tree: Subject, what: str, options: tuple[str, ...]) -> None:
     """Interrupt a restore."""
-    line = tree.outcome.line(" ".join(("end of a restore", *options)), "ours", "gpurestore")
+    line = tree.outcome.line(what, "ours", "gpurestore")
     tree.warm_up()
     command = [*GPURESTORE, "restore", "-d", "-D", str(tree.images), *options]
     # A lazy restore moves nothing before it is done: there the signal comes as soon as the task is there.

@@ -24,14 +24,15 @@ def run(bench: Bench, outcome: Outcome) -> None:
         (pages,) = pages_files(tree.images)
         if left_in_cache(bench, tree.images):
             raise Skipped(f"files in {bench.disk} cannot be dropped from the page cache; name a folder with --disk")
+        contenders = tree.contenders(what, [(), *bench.variants("restore", [("--verify",)])])
+        contenders += disk_floors(bench, outcome, what, pages)
         folders = [tree.images, tree.criu_images]
-        contenders = tree.contenders(what, [(), ("--no-verify",)]) + disk_floors(bench, outcome, what, pages)
         bench.in_turns([from_cold(bench, folders, contender) for contender in contenders])
     # Verifying reads all images first: afterwards they are in the page cache, and memory alone says nothing.
-    outcome.line(what, "ours", "gpurestore").compared_by = "engine"
-    outcome.want_share(outcome.line(what, "ours", "gpurestore --no-verify"), 0.9)
-    for name in ("gpurestore", "gpurestore --no-verify"):
-        outcome.want_faster(outcome.line(what, "ours", name), outcome.best(what, "criu", "command"), 1)
+    outcome.line(what, "ours", "gpurestore --verify").compared_by = "engine"
+    ours = outcome.line(what, "ours", "gpurestore")
+    outcome.want_share(ours, 0.9)
+    outcome.want_faster(ours, outcome.best(what, "criu", "command"), 1)
 
 
 def disk_floors(bench: Bench, outcome: Outcome, what: str, pages: Path) -> list[Contender]:

@@ -26,19 +26,16 @@ def run(bench: Bench, outcome: Outcome) -> None:
         partial(warm.floor, "plain copy into a new file"),
         partial(warm.floor, "plain copy into a mapping of a new file", mapped=True),
     ]
-    warm.measure([()], floors)
+    warm.measure([(), *bench.variants("dump", [("--no-sync",)])], floors)
     warm.verify()
     mib = bench.size(256, 4096, copies=3.3)
     disk = Dumps(bench, outcome, f"dump of {mib} MiB onto a disk", "idle", bench.disk, mib)
-    has_direct = bench.gpurestore.has("dump", "--direct-io")
     floors = [
         partial(disk.floor, "plain copy and fsync", sync=True),
         partial(disk.floor, "O_DIRECT copy and fsync", sync=True, direct=True),
     ]
-    disk.measure([(), ("--direct-io",)] if has_direct else [()], floors)
+    disk.measure([(), *bench.variants("dump", [("--no-sync",), ("--direct-io",)])], floors)
     disk.verify()
-    if not has_direct:
-        outcome.notes.append("This version of gpurestore dump has no --direct-io.")
     what = f"dump of {SPARSE_MIB} MiB among zeros and untouched memory"
     sparse = Dumps(bench, outcome, what, "sparse", bench.folder, SPARSE_MIB)
     sparse.measure([()])

@@ -16,12 +16,13 @@ def run(bench: Bench, outcome: Outcome) -> None:
     runs = bench.size(488, 1953) * 256 // 1000 * 1000
     what = f"restore of {runs} runs of one page"
     with subject(bench, outcome, "fragmented", runs) as tree:
-        contenders = tree.contenders(what, [(), ("--no-verify",)])
+        contenders = tree.contenders(what)
         contenders += bench.copy_floors(outcome, what, pages_files(tree.images), SMALL_WAYS)
         bench.in_turns(contenders)
         tree.want_no_growth(2)
-    for name in ("gpurestore", "gpurestore --no-verify"):
-        outcome.want_faster(outcome.line(what, "ours", name), outcome.best(what, "criu", "command"), 3)
+    ours = outcome.line(what, "ours", "gpurestore")
+    outcome.want_faster(ours, outcome.best(what, "criu", "command"), 3)
+    outcome.want_faster(ours, outcome.best(what, "criu", "engine"), 3, "engine")
     outcome.notes.append(
         "The floor of the fragmented restore is a copy into contiguous memory: fewer and longer reads."
     )
