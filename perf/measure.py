@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,8 @@ def timed(command: Sequence[str | Path]) -> tuple[float, str]:
 def workshop(where: Path | None) -> Iterator[tuple[Programs, Path]]:
     """A compiler for victims and a folder; processes and files are cleared away at the end."""
     processes.become_subreaper()
+    # An interrupted run clears away what it made, too: that may be gigabytes.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="gpurestore-perf-", dir=where))
     programs = folder / "programs"
     programs.mkdir()
