@@ -242,6 +242,7 @@ class _Dump:
         faults.point("dump.write")
         sharing = await self._find_pages(blocking, collected)
         stored = {pid: sharing.own(pid) for pid in collected.mms}
+        self._check_space(writer, stored)
         jobs = _shares(self._jobs, {pid: runs.total_bytes for pid, runs in stored.items()})
         objects = shmem.objects(collected.mms)
         tasks = {task.pid: task for task in tree.living}
@@ -275,6 +276,11 @@ class _Dump:
         self._shares_memory = sharing.is_any
         log.info("memory shared since a fork and stored once: %d bytes", sharing.shared_bytes)
         return sharing
+
+    def _check_space(self, writer: ImageWriter, pages: Mapping[int, memory.PageRuns]) -> None:
+        """Tell of a full disk now and not after minutes of writing. Nobody knows what compressed pages will take."""
+        if self._storage.crew is None:
+            writer.check_space(sum(runs.total_bytes for runs in pages.values()))
 
     def _write_memory(
         self,

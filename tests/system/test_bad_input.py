@@ -303,6 +303,22 @@ def test_a_full_disk_ends_the_dump_and_leaves_nothing_on_it(
     victim.finish()
 
 
+@pytest.mark.usefixtures("rights")
+def test_a_disk_that_is_too_small_is_told_before_memory_is_written(
+    tool: Tool, victims: Victims, folder: Path, small_disk: Path
+) -> None:
+    victim = victims.start("idle", "16")
+    trace = folder / "trace.json"
+    outcome = tool.dump(victim.pid, small_disk / "images", "--trace", trace)
+    expect_refusal(outcome, 1, "no space left for the images", "bytes wanted", str(small_disk))
+    wanted = re.search(r"(\d+) bytes wanted", outcome.one_line())
+    assert wanted is not None and int(wanted[1]) >= 16 << 20
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "collect" in names and "memory" not in names
+    victim.expect_running()
+    victim.finish()
+
+
 def test_pids_that_are_taken_are_all_named(tool: Tool, victims: Victims, folder: Path, rights: None) -> None:
     victim = victims.start("pipes")
     dump(tool, victim, folder / "images")
