@@ -15,6 +15,8 @@ from gpurestore.pipeline import graph, load, plan
 from gpurestore.pipeline.graph import Graph, PluginFacts
 from gpurestore.pipeline.lazy import LazySettings
 from gpurestore.tasks import memory
+from gpurestore.tasks.memory import HugePages, Reading, Ways
+from gpurestore.tasks.memory.lazy import obstacle
 from gpurestore.tasks.restorer import Restorer
 
 
@@ -33,6 +35,8 @@ def preview(
     shell_job: bool = False,
     verify: bool = True,
     jobs: int | None = None,
+    hugepages: str = HugePages.AUTO,
+    reading: str = Reading.AUTO,
     lazy: LazySettings | None = None,
 ) -> Preview:
     """What a restore would do. Raises as it would, but for pids that are taken and what plugins find in their init."""
@@ -41,9 +45,13 @@ def preview(
         plugins = preview_plugins(libdir, needed)
         if verify:
             folder.verify(leave_out=is_pages_file if lazy is not None else None)
-        tree = load.load(folder, fault_order=lazy.read_order() if lazy is not None else None)
+        order = lazy.read_order() if lazy is not None else None
+        tree = load.load(folder, None, Ways(HugePages(hugepages), Reading(reading)), order)
         restorer = Restorer.here()
-        load.refuse(tree, load.check(tree, restorer) + load.check_session(tree, shell_job))
+        findings = load.check(tree, restorer) + load.check_session(tree, shell_job)
+        if lazy is not None and (finding := obstacle()):
+            findings.append(finding)
+        load.refuse(tree, findings)
         stages = graph.restore(graph.facts_of(tree), facts_of(plugins), verify=verify)
         planned = plan.place(tree, jobs or memory.default_jobs())
         tree.files.assign(tree.files.keep_from)

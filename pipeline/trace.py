@@ -31,7 +31,7 @@ WORKER_TRACK = " worker "  # between the track of the task and the worker's numb
 
 # Kinds of stages, as the pictures colour them.
 MEMORY, DEVICE, STATE, CONTROL = KINDS = ("memory", "device", "state", "control")
-_MEMORY_STAGES = frozenset({"memory", "shared memory", "pump"})
+_MEMORY_STAGES = frozenset({"memory", "shared memory", "pump", "write", "lazy pages", "fill", "device memory"})
 _DEVICE_STAGES = frozenset({"plugins", "pause devices", "checkpoint devices", "devices late"})
 _CONTROL_STAGES = frozenset(
     {"load", "verify", "check", "place", "plan", "freeze", "thaw", "commit", "kill", "park", "release"}

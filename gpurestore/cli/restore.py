@@ -175,6 +175,8 @@ def _print_plan(args: argparse.Namespace) -> int:
         shell_job=args.shell_job,
         verify=not args.no_verify,
         jobs=args.jobs,
+        hugepages=args.hugepages,
+        reading=args.reading,
         lazy=LazySettings(args.fault_order) if args.lazy else None,
     )
     if args.graph is not None:

@@ -48,15 +48,16 @@ def happened(trace: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("how", ["--parallel", "--serial"])
+@pytest.mark.parametrize(("name", "how"), [("shared", "--parallel"), ("shared", "--serial"), ("tree", "--lazy")])
 def test_a_restore_keeps_to_every_edge_of_the_graph_that_a_dry_run_prints(
-    tool: Tool, victims: Victims, folder: Path, how: str
+    tool: Tool, victims: Victims, folder: Path, name: str, how: str
 ) -> None:
     recorded = Recorded(folder)
     recorded.add("second")
-    victim = victims.start("shared")
+    victim = victims.start(name)
     dumped(tool, victim, folder / "images", recorded)
-    plan = tool.restore(folder / "images", "--dry-run", *recorded.options, env=recorded.env()).expect(0).out
+    mode = () if how == "--serial" else (how,)
+    plan = tool.restore(folder / "images", "--dry-run", *mode, *recorded.options, env=recorded.env()).expect(0).out
     assert recorded.calls() == []
     assert "plugin recorder 0.3.0 (Python), the images name it" in plan
     options = ("-d", how, "--trace", str(folder / "trace.json"), *recorded.options)
@@ -64,12 +65,11 @@ def test_a_restore_keeps_to_every_edge_of_the_graph_that_a_dry_run_prints(
     victim.generation += 1
     stages, spans = printed(plan), happened(folder / "trace.json")
     assert set(stages) == set(spans)
-    assert {"POST_FORKING of second", "shared memory", f"RESUME_DEVICES_LATE of recorder for task {victim.pid}"} <= set(
-        stages
-    )
-    for name, needed in stages.items():
+    also = {"shared": "shared memory", "tree": "fill"}[name]
+    assert {"POST_FORKING of second", also, f"RESUME_DEVICES_LATE of recorder for task {victim.pid}"} <= set(stages)
+    for stage, needed in stages.items():
         for other in needed:
-            assert spans[other][1] <= spans[name][0], f"{name} began before {other} had ended"
+            assert spans[other][1] <= spans[stage][0], f"{stage} began before {other} had ended"
     if how == "--serial":
         in_order = sorted(spans.values())
         assert all(first[1] <= second[0] for first, second in itertools.pairwise(in_order))
