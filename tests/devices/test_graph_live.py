@@ -87,3 +87,35 @@ def test_a_dry_run_draws_the_graph_and_says_which_plugin_is_missing(tool: Tool, 
     assert "POST_FORKING of recorder" in (folder / "graph.svg").read_text()
     assert processes.state(victim.pid) is None
     tool.restore(folder / "images", "-d", "--graph", str(folder / "graph.svg")).expect(2)
+
+
+def test_a_trace_has_a_track_for_every_task_plugin_and_worker(tool: Tool, victims: Victims, folder: Path) -> None:
+    recorded = Recorded(folder)
+    victim = victims.start("tree")
+    options = (*recorded.options, "--trace", str(folder / "dump.json"))
+    tool.dump(victim.pid, folder / "images", *options, env=recorded.env()).expect(0)
+    victim.expect_gone()
+    options = ("-d", *recorded.options, "--trace", str(folder / "restore.json"))
+    tool.restore(folder / "images", *options, env=recorded.env()).expect(0)
+    victim.generation += 1
+    for name, part in (("dump", "write"), ("restore", "pump")):
+        tracks, moved = read_tracks(folder / f"{name}.json")
+        assert {"main", "plugin recorder", f"task {victim.pid}", f"task {victim.pid} worker 1"} <= tracks.keys()
+        assert part in tracks[f"task {victim.pid} worker 1"]
+        assert {"init", "exit"} <= set(tracks["plugin recorder"])
+        if name == "dump":
+            assert moved["write"] == moved["memory"] > 0
+    victim.finish()
+
+
+def read_tracks(trace: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The stages of each track, and the bytes that each kind of stage moved."""
+    events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+    names = {e["tid"]: re.sub(r" \([0-9]+\)$", "", e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    tracks: dict[str, list[str]] = {}
+    moved: dict[str, int] = {}
+    for event in events:
+        if event["ph"] == "X":
+            tracks.setdefault(names[event["tid"]], []).append(event["name"])
+            moved[event["name"]] = moved.get(event["name"], 0) + int(event["args"].get("bytes", 0))
+    return tracks, moved

@@ -75,6 +75,33 @@ def test_what_a_c_plugin_claims_comes_back_from_it(tool: Tool, victims: Victims,
     victim.finish()
 
 
+def test_a_plugin_from_before_descriptors_sees_its_hooks_and_gives_a_unix_socket_back(
+    tool: Tool, victims: Victims, folder: Path, lib: Path
+) -> None:
+    compile_plugin("older", lib / "older.so")
+    calls = folder / "calls"
+    env = {"RECORDER_LOG": str(calls)}
+    victim = victims.start("claimed")
+    outcome = tool.dump(victim.pid, folder / "images", "-L", str(lib), env=env).expect(0)
+    assert "no CR_PLUGIN_DESC" in outcome.log or "descriptor" in outcome.log
+    victim.expect_gone()
+    seen = calls.read_text().splitlines()
+    assert seen[0] == "init"
+    assert seen[1].startswith(f"pause_devices pid={victim.pid} state=")
+    assert not seen[1].endswith("state=t")
+    assert seen[2] == f"checkpoint_devices pid={victim.pid} state=t"
+    assert sorted(seen[3:-1]) == ["dump_unix_sk", "handle_device_vma"]
+    assert seen[-1] == "fini"
+    calls.unlink()
+    tool.restore(folder / "images", "-d", "-L", str(lib), env=env).expect(0)
+    victim.generation += 1
+    seen = calls.read_text().splitlines()
+    assert seen[:2] == ["init", "restore_init"]
+    assert sorted(seen[2:4]) == ["restore_unix_sk", "update_vma_map"]
+    assert seen[4:] == ["post_forking", f"resume_devices_late pid={victim.pid} state=t", "fini"]
+    victim.finish()
+
+
 def test_a_plugin_that_crashes_is_named_and_the_tree_goes_on(
     tool: Tool, victims: Victims, folder: Path, lib: Path
 ) -> None:
