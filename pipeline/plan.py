@@ -17,7 +17,7 @@ from gpurestore.tasks import cores, fs, maps, memory, mm, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES
-from gpurestore.tasks.memory import hugepages
+from gpurestore.tasks.memory import Reading, hugepages
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 
@@ -76,7 +76,10 @@ def place(tree: LoadedTree, jobs: int) -> RestorePlan:
             slots.setdefault(tid, len(slots))
     nr_slots = len(slots)
     total_bytes = sum(task.pages.total_bytes for task in tree.tasks.values())
-    nr_fillers = {pid: _nr_fillers(task.pages, jobs, total_bytes) for pid, task in tree.tasks.items()}
+    nr_fillers = {
+        pid: _nr_fillers(task.pages, _depth(task.pages, tree.ways.reading, jobs), total_bytes)
+        for pid, task in tree.tasks.items()
+    }
     workers = {}
     for pid, task in tree.tasks.items():
         nr_workers = max(0, nr_fillers[pid] - len(task.tids))
@@ -98,6 +101,12 @@ def place(tree: LoadedTree, jobs: int) -> RestorePlan:
     )
 
 
+def _depth(pages: memory.PagePlan, reading: Reading, jobs: int) -> int:
+    """How many workers may read an image at once: ``jobs`` of them, or what keeps a disk busy. One means one."""
+    direct = reading is Reading.DIRECT or (reading is Reading.AUTO and pages.cold_bytes >= _MIN_COLD_BYTES)
+    return max(jobs, memory.COLD_WORKERS) if direct and jobs > 1 else jobs
+
+
 def _nr_fillers(pages: memory.PagePlan, jobs: int, total_bytes: int) -> int:
     """How many threads of a task fill its memory, where all tasks together have ``total_bytes``.
 
@@ -106,8 +115,6 @@ def _nr_fillers(pages: memory.PagePlan, jobs: int, total_bytes: int) -> int:
     """
     if not pages.total_bytes or pages.compressed is not None:
         return 0
-    if pages.cold_bytes >= _MIN_COLD_BYTES and jobs > 1:
-        jobs = max(jobs, memory.COLD_WORKERS)
     if pages.total_bytes < _LARGE_BYTES:
         jobs = -(-jobs * pages.total_bytes // total_bytes)
     return min(jobs, pages.nr_chunks)
