@@ -11,6 +11,7 @@ from gpurestore import core
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
+from gpurestore.images.pagemap import read_pagemap
 from gpurestore.tasks import births, cores, cpu, inherited, lazy, memory, mm, numa, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
@@ -128,7 +129,8 @@ def load(
     for entry in entries:
         if leaders[entry.pid].tc.task_state not in pstree.DEAD:
             own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
-            tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own, ways)
+            is_lazy = fault_order is not None
+            tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own, ways, is_lazy)
     mms = {pid: task.mm for pid, task in tasks.items()}
     shares = inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms)
     for pid, task in tasks.items():
@@ -162,12 +164,14 @@ def _load_task(
     facts: Mapping[int, ProcessFacts],
     mm_facts: Mapping[str, Any],
     ways: Ways,
+    is_lazy: bool,
 ) -> LoadedTask:
     pid = int(entry.pid)
     space = folder.read_one("mm", pid)
     mm.validate(space, f"{folder.path}/mm-{pid}.img")
     threads = {tid: leader if tid == pid else folder.read_one("core", tid) for tid in entry.threads or [pid]}
-    pages = memory.plan_pages(folder, pid, space, huge=hugepages.blocks(ways.hugepages, mm_facts))
+    later = lazy.can_come_late(space) if is_lazy else frozenset()
+    pages = memory.plan_pages(folder, pid, space, huge=hugepages.blocks(ways.hugepages, mm_facts), later=later)
     own_facts = facts.get(pid, ProcessFacts())
     return LoadedTask(entry, threads, own_facts, space, mm_facts, folder.read_one("fs", pid), pages)
 
@@ -179,15 +183,17 @@ def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order
             f"{folder.path}: compressed pages cannot be restored lazily: leave out --lazy, or dump without --compress"
         )
     late = lazy.plan_tree(
-        folder,
+        {pid: task.pages.pagemap for pid, task in tasks.items()},
         {pid: task.mm for pid, task in tasks.items()},
         {pid: list(task.cores.values()) for pid, task in tasks.items()},
         {pid: task.inherited for pid, task in tasks.items() if task.inherited is not None},
         fault_order,
+        {pid: read_pagemap(folder, "ancestral", pid) for pid, task in tasks.items() if task.ancestral is not None},
     )
     for pid, (later, plan, inherited_part) in late.items():
         task = tasks[pid]
-        task.pages = memory.plan_pages(folder, pid, task.mm, later=later)
+        if later != lazy.can_come_late(task.mm):
+            task.pages = memory.plan_pages(folder, pid, task.mm, later=later)
         task.lazy, task.inherited = plan, inherited_part
         if task.ancestral is not None:
             task.ancestral = inherited.limit_ancestral(folder, pid, task.mm, task.ancestral, later)

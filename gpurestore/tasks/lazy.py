@@ -12,20 +12,17 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from gpurestore.errors import GpurestoreError
 from gpurestore.images import pb
 from gpurestore.images.magic import pages_file_name
-from gpurestore.images.pagemap import read_pagemap
+from gpurestore.images.pagemap import Pagemap
 from gpurestore.tasks import inherited, vmaflags
 from gpurestore.tasks.inherited import Inherited, Source
 from gpurestore.tasks.maps import PAGE_BYTES
 from gpurestore.tasks.memory import PageRuns
 from gpurestore.tasks.memory.lazy import LazyPlan, Span
-
-if TYPE_CHECKING:
-    from gpurestore.images.folder import ImageFolder
 
 FaultOrder = Mapping[int, Sequence[int]]  # addresses by pid
 
@@ -48,30 +45,29 @@ class LateMemory(NamedTuple):
 
 
 def plan_tree(
-    folder: ImageFolder,
+    pagemaps: Mapping[int, Pagemap],
     mms: Mapping[int, pb.mm_entry],
     cores: Mapping[int, Sequence[pb.core_entry]],
     heirs: Mapping[int, Inherited],
     fault_order: FaultOrder,
+    ancestral: Mapping[int, Pagemap] | None = None,
 ) -> dict[int, LateMemory]:
     """Decide it for all tasks, parents first. For images that were checked (plan_pages, inherited.load).
 
+    ``pagemaps`` are those of all tasks, with nothing but stored pages, ``ancestral`` those of what a task no longer had
+    when it was dumped, but its children.
+
     A child cannot have from its parent what comes late: it gets pages of its own, from the parent's pages image.
     """
-    pagemaps = {pid: read_pagemap(folder, "pagemap", pid) for pid in mms} if heirs else {}
-    old = {pid: read_pagemap(folder, "ancestral", pid) for pid in mms if heirs and folder.has("ancestral", pid)}
     found: dict[int, LateMemory] = {}
     for pid, mm in mms.items():
         heir = heirs.get(pid)
         from_parent = found[heir.parent].later if heir is not None else frozenset()
         bases = heir.bases if heir is not None else {}
-        later = frozenset(
-            vma.start
-            for vma in mm.vmas
-            if is_lazy(vma) or (vma.start in bases and bases[vma.start].start in from_parent)
-        )
-        sources = inherited.resolve(pid, heirs, pagemaps, old) if heir is not None else []
-        plan = _plan(folder, pid, [vma for vma in mm.vmas if vma.start in later], cores[pid], sources, fault_order)
+        later = can_come_late(mm) | {start for start, base in bases.items() if base.start in from_parent}
+        sources = inherited.resolve(pid, heirs, pagemaps, ancestral) if heir is not None else []
+        vmas = [vma for vma in mm.vmas if vma.start in later]
+        plan = _plan(pid, _places(pagemaps[pid], sources), vmas, cores[pid], fault_order.get(pid, ()))
         found[pid] = LateMemory(later, plan, _without(heir, mm, later) if heir is not None else None)
     return found
 
@@ -94,26 +90,26 @@ def is_lazy(vma: pb.vma_entry) -> bool:
     return not wiped and not vma.flags & (vmaflags.MAP_LOCKED | vmaflags.MAP_DROPPABLE | vmaflags.MAP_HUGETLB)
 
 
+def can_come_late(mm: pb.mm_entry) -> frozenset[int]:
+    """Starts of the mappings whose pages may come after the task runs."""
+    return frozenset(vma.start for vma in mm.vmas if is_lazy(vma))
+
+
 def _plan(
-    folder: ImageFolder,
     pid: int,
+    places: _Places,
     vmas: Sequence[pb.vma_entry],
     cores: Sequence[pb.core_entry],
-    sources: Sequence[Source],
-    fault_order: FaultOrder,
+    faults: Sequence[int],
 ) -> LazyPlan | None:
-    places = _places(folder, pid, sources)
-    # How many pages lie before each run.
-    before = array("Q", accumulate(places.nr_pages, initial=0))
-
     def stored(vma: pb.vma_entry) -> int:
-        return _up_to(places, before, vma.end) - _up_to(places, before, vma.start)
+        return _up_to(places, vma.end) - _up_to(places, vma.start)
 
     touched = [vma for vma in vmas if stored(vma)]
     if not touched:
         return None
     hot = [span for core in cores for span in _hot(core)]
-    recorded = [(address, address + _FAULT_BYTES) for address in fault_order.get(pid, ())]
+    recorded = [(address, address + _FAULT_BYTES) for address in faults]
     return LazyPlan(
         pid=pid,
         ranges=tuple((vma.start, vma.end) for vma in touched),
@@ -136,15 +132,15 @@ class _Places(NamedTuple):
     page_offsets: array[int]
     file_of: array[int]
     pages_ids: Sequence[int]
+    before: array[int]  # how many pages lie before each run
 
 
-def _places(folder: ImageFolder, pid: int, sources: Sequence[Source]) -> _Places:
+def _places(pagemap: Pagemap, sources: Sequence[Source]) -> _Places:
     """Its own pages image, and for what it has from its parent that one's."""
-    pagemap = read_pagemap(folder, "pagemap", pid)
-    offsets = array("Q", accumulate(pagemap.nr_pages, initial=0))[:-1]
+    offsets = array("Q", accumulate(pagemap.nr_pages, initial=0))
     if not sources:
         ours = array("I", bytes(4 * len(pagemap)))
-        return _Places(pagemap.vaddrs, pagemap.nr_pages, offsets, ours, (pagemap.pages_id,))
+        return _Places(pagemap.vaddrs, pagemap.nr_pages, offsets, ours, (pagemap.pages_id,), offsets)
     own = map(Source, pagemap.vaddrs, pagemap.nr_pages, [pagemap.pages_id] * len(pagemap), offsets)
     both = sorted([*own, *sources])
     idents = sorted({source.pages_id for source in both})
@@ -154,15 +150,16 @@ def _places(folder: ImageFolder, pid: int, sources: Sequence[Source]) -> _Places
         array("Q", [source.page for source in both]),
         array("I", [idents.index(source.pages_id) for source in both]),
         idents,
+        array("Q", accumulate((source.nr_pages for source in both), initial=0)),
     )
 
 
-def _up_to(places: _Places, before: array[int], address: int) -> int:
+def _up_to(places: _Places, address: int) -> int:
     """How many pages are stored below ``address``."""
     at = bisect.bisect(places.vaddrs, address) - 1
     if at < 0:
         return 0
-    return before[at] + min(places.nr_pages[at], (address - places.vaddrs[at]) // PAGE_BYTES)
+    return places.before[at] + min(places.nr_pages[at], (address - places.vaddrs[at]) // PAGE_BYTES)
 
 
 def _hot(core: pb.core_entry) -> list[Span]:

@@ -70,8 +70,9 @@ def test_only_private_anonymous_memory_comes_late(vma: pb.vma_entry, late: bool)
 def late(folder: Path, vmas: list[pb.vma_entry], runs: list[tuple[int, int]], *cores: pb.core_entry) -> LazyPlan:
     mms = {1: pb.mm_entry(vmas=vmas)}
     with images(folder, {1: runs}) as found:
-        planned = lazy.plan_tree(found, mms, {1: cores}, {}, {1: [BASE + 5 * PAGE]})[1]
-        assert plan_pages(found, 1, mms[1], later=planned.later).total_bytes == 0
+        left = plan_pages(found, 1, mms[1], later=lazy.can_come_late(mms[1]))
+        assert left.total_bytes == 0
+        planned = lazy.plan_tree({1: left.pagemap}, mms, {1: cores}, {}, {1: [BASE + 5 * PAGE]})[1]
     assert planned.plan is not None
     return planned.plan
 
@@ -110,7 +111,8 @@ def test_what_a_child_has_from_its_parent_comes_late_from_the_parents_image(fold
     heir = Inherited(1, shared, {program.start: program, heap.start: heap}, PageRuns())
     stored = {1: [(program.start, 4), (heap.start, 8)], 2: [(heap.start + 6 * PAGE, 2)]}
     with images(folder, stored) as found:
-        child = lazy.plan_tree(found, {1: mm, 2: mm}, {1: [], 2: []}, {2: heir}, {})[2]
+        pagemaps = {pid: plan_pages(found, pid, mm).pagemap for pid in stored}
+        child = lazy.plan_tree(pagemaps, {1: mm, 2: mm}, {1: [], 2: []}, {2: heir}, {})[2]
     assert child.later == {heap.start}
     assert child.plan is not None
     assert child.plan.total_bytes == 8 * PAGE

@@ -73,6 +73,7 @@ class PagePlan:
     cold_bytes: int  # of the pages image: not in the page cache when this was planned
     total_bytes: int
     handle: Any
+    pagemap: Pagemap  # as it was read
     compressed: CompressedPages | None = None  # then :meth:`run` is not for this plan: use this instead
 
     @property
@@ -243,6 +244,7 @@ def _plan(
         cold_bytes=nr_cold_bytes,
         total_bytes=int(_counts(handle).total_bytes),
         handle=handle,
+        pagemap=pagemap,
         compressed=CompressedPages(image.index, pagemap, skips) if image.index is not None else None,
     )
 
