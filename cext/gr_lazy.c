@@ -126,7 +126,7 @@ static int close_others(const struct gr_lazy_handler *handler)
 	keep = calloc(nr, sizeof(*keep));
 	if (!keep)
 		return -ENOMEM;
-	keep[at++] = handler->control;
+	keep[at++] = handler->shared->control;
 	keep[at++] = handler->options.record_fd;
 	keep[at++] = handler->options.log_fd;
 	for (uint64_t i = 0; i < handler->options.nr_report_fds; i++)
@@ -234,7 +234,7 @@ int gr_lazy_start(const struct gr_lazy_task *tasks, uint64_t nr_tasks, const str
 		ret = gr_fail(err, errno, "making a socket to the handler of lazy pages");
 	if (ret == 0) {
 		lazy->socket = ends[0];
-		handler->control = ends[1];
+		handler->shared->control = ends[1];
 		ret = fork_handler(handler, ends[0], err);
 		close(ends[1]);
 	}

@@ -19,10 +19,10 @@ static void tell(struct gr_lazy_handler *handler, enum gr_lazy_word word, int va
 {
 	struct gr_lazy_message message = { .word = (int)word, .value = value };
 
-	if (handler->control < 0)
+	if (handler->shared->control < 0)
 		return;
 	snprintf(message.text, sizeof(message.text), "%s", text);
-	gr_lazy_send(handler->control, &message, -1);
+	gr_lazy_send(handler->shared->control, &message, -1);
 }
 
 static void wake_control(struct gr_lazy_handler *handler)
@@ -205,7 +205,7 @@ static int release(struct gr_lazy_handler *handler)
 static bool listen_to_main(struct gr_lazy_handler *handler)
 {
 	struct gr_lazy_message message;
-	int fd = -1, ret = gr_lazy_receive(handler->control, &message, &fd);
+	int fd = -1, ret = gr_lazy_receive(handler->shared->control, &message, &fd);
 
 	if (ret <= 0)
 		return false;
@@ -288,7 +288,7 @@ _Noreturn static void run(struct gr_lazy_handler *handler)
 		struct pollfd fds[] = {
 			{ handler->ended, POLLIN, 0 },
 			{ handler->shared->keeper_pidfd, POLLIN, 0 },
-			{ handler->control, POLLIN, 0 },
+			{ handler->shared->control, POLLIN, 0 },
 		};
 
 		if (poll(fds, 3, -1) < 0)
@@ -301,8 +301,10 @@ _Noreturn static void run(struct gr_lazy_handler *handler)
 			/* Before the release the tree is the main process's, and so is its end. */
 			if (!handler->filling)
 				end(handler, GR_LAZY_ENDED);
-			close(handler->control);
-			handler->control = -1;
+			int control = handler->shared->control;
+
+			handler->shared->control = -1; /* the number may soon be another's */
+			close(control);
 		}
 	}
 }

@@ -65,6 +65,7 @@ struct gr_lazy_watched {
 struct gr_lazy_shared {
 	struct gr_lazy_status status;
 	int keeper_pidfd;
+	int control; /* to the main process; -1 when it went away */
 	uint32_t nr_watched; /* atomic: entries below it are valid */
 	struct gr_lazy_watched watched[GR_LAZY_MAX_MMS];
 	uint32_t nr_members; /* atomic: the tasks that were restored, whether they still miss pages or not */
@@ -132,7 +133,6 @@ struct gr_lazy_handler {
 	struct gr_lazy_source **sources;
 	uint64_t nr_sources;
 	struct gr_lazy_options options;
-	int control; /* to the main process; -1 when it went away */
 	int epoll;
 	int ended; /* eventfd: nothing is left to do, or something failed */
 	pthread_mutex_t mms_lock; /* of adding */

@@ -194,13 +194,14 @@ _Noreturn static void keep(struct gr_lazy_handler *handler, int handler_pidfd)
 		status->state = GR_LAZY_FAILED;
 		gr_lazy_report(&handler->options, line);
 		memcpy(message.text, status->message, sizeof(message.text));
-		if (handler->control >= 0)
-			gr_lazy_send(handler->control, &message, -1);
+		if (shared->control >= 0)
+			gr_lazy_send(shared->control, &message, -1);
 	}
 	/* Nobody shall wait for us any more. */
 	for (uint64_t i = 0; i < handler->options.nr_report_fds; i++)
 		close(handler->options.report_fds[i]);
-	close(handler->control);
+	if (shared->control >= 0)
+		close(shared->control);
 	linger(shared);
 	_exit(1);
 }

@@ -73,7 +73,7 @@ def test_memory_is_right_while_it_comes_and_is_forked_moved_and_given_back(
 
 
 def test_the_handler_lets_go_when_all_is_in_place(tool: Tool, victims: Victims, folder: Path) -> None:
-    victim = victims.start("lazy")
+    victim = victims.start("idle", "64")
     for turn in range(2):
         images = folder / f"{turn}.images"
         dump(tool, victim, images)
@@ -87,16 +87,6 @@ def test_the_handler_lets_go_when_all_is_in_place(tool: Tool, victims: Victims, 
 @pytest.mark.parametrize("name", ["tree", "heirs", "memory"])
 def test_state_of_all_kinds_survives(tool: Tool, victims: Victims, name: str) -> None:
     round_trip(tool, victims.start(name), 1, "-d", "--lazy")
-
-
-def test_children_that_are_forked_all_the_time_get_their_pages(tool: Tool, victims: Victims, folder: Path) -> None:
-    victim = victims.start("forking")
-    dump(tool, victim, folder / "images")
-    processes.end_all_below()  # its children, which came to us
-    lazy = restore_lazily(tool, victim, folder / "images", "--record-faults", folder / "faults")
-    victim.expect_running()
-    wait_filled(lazy)
-    victim.finish()
 
 
 def test_a_tree_whose_handler_dies_is_killed_and_never_fed_zeros(tool: Tool, victims: Victims, folder: Path) -> None:
