@@ -135,6 +135,9 @@ def load(
     shares = inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms)
     for pid, task in tasks.items():
         task.inherited, task.ancestral = shares.inherited.get(pid), shares.ancestral.get(pid)
+        if task.inherited is not None and task.pages.huge:
+            huge = hugepages.blocks(ways.hugepages, task.mm_facts)
+            task.pages = memory.plan_pages(folder, pid, task.mm, huge=huge, kept=task.inherited.kept)
     if fault_order is not None:
         _make_lazy(folder, tasks, fault_order)
     objects = shmem.objects(mms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def proportional_bytes(victim: Victim) -> int:
 @pytest.mark.parametrize("how", ["--parallel", "--serial"])
 def test_what_becomes_of_inherited_memory_is_restored_in_every_task(tool: Tool, victims: Victims, how: str) -> None:
     round_trip(tool, victims.start("heirs"), 2, "-d", how)
+
+
+def test_dense_memory_between_pages_of_the_parent_comes_in_small_pages(
+    tool: Tool, victims: Victims, folder: Path
+) -> None:
+    victim = victims.start("rewritten")
+    dump(tool, victim, folder / "images")
+    said = tool.run("restore", "-D", str(folder / "images"), "--dry-run").expect(0).out
+    root, child = victim.pids
+    assert f"task {child}: cloned by task {root} when its memory is in place" in said
+    assert not re.search(rf"^task {child}: \d+ of them into huge pages", said, re.MULTILINE)
+    restore(tool, victim, folder / "images")
+    victim.finish()
 
 
 def test_memory_that_comes_lazily_comes_to_everybody(tool: Tool, victims: Victims) -> None:

@@ -136,16 +136,19 @@ def plan_pages(
     chunk_bytes: int = CHUNK_BYTES,
     huge: HugeBlocks | None = None,
     later: Collection[int] = (),
+    kept: Collection[int] = (),
 ) -> PagePlan:
     """Check the pagemap of a task against its mappings and its pages image. Raises ImageError; changes nothing.
 
     ``mm`` went through :func:`gpurestore.tasks.mm.validate`. What lies in the mappings whose starts are in ``later`` is
-    checked, but left out.
+    checked, but left out. In those in ``kept`` there are pages from the parent already: no huge ones can come there.
     """
     vmas = [vma for vma in mm.vmas if not vmaflags.is_guard(vma) and not vma.status & vmaflags.VSYSCALL]
     if mm.thp_disabled or not hugepages.anonymous_are_available():
         huge = None
-    kinds = bytes(_SKIP if vma.start in later else _pump_kind(vma, huge is not None) for vma in vmas)
+    kinds = bytes(
+        _SKIP if vma.start in later else _pump_kind(vma, huge is not None and vma.start not in kept) for vma in vmas
+    )
     starts, ends = array("Q", [vma.start for vma in vmas]), array("Q", [vma.end for vma in vmas])
     return _plan(folder, "pagemap", pid, (starts, ends, kinds), chunk_bytes, huge)
 
