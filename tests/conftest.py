@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support import namespaces_probe, processes
 from support.tool import Tool
 from support.victims import Compiler, Victims, have_compiler
@@ -18,6 +19,10 @@ from gpurestore import namespaces
 from gpurestore.errors import GpurestoreError
 
 KEEP = "GPURESTORE_KEEP_TEST_FOLDERS"
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("gpurestore", deadline=None)
+settings.load_profile("gpurestore")
 
 
 @pytest.hookimpl(tryfirst=True)
