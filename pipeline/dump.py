@@ -242,7 +242,7 @@ class _Dump:
         faults.point("dump.write")
         sharing = await self._find_pages(blocking, collected)
         stored = {pid: sharing.own(pid) for pid in collected.mms}
-        self._check_space(writer, stored)
+        await blocking.run(self._check_space, writer, collected.mms, stored, blocking.cancel)
         jobs = _shares(self._jobs, {pid: runs.total_bytes for pid, runs in stored.items()})
         objects = shmem.objects(collected.mms)
         tasks = {task.pid: task for task in tree.living}
@@ -277,10 +277,22 @@ class _Dump:
         log.info("memory shared since a fork and stored once: %d bytes", sharing.shared_bytes)
         return sharing
 
-    def _check_space(self, writer: ImageWriter, pages: Mapping[int, memory.PageRuns]) -> None:
+    def _check_space(
+        self,
+        writer: ImageWriter,
+        mms: Mapping[int, pb.mm_entry],
+        pages: Mapping[int, memory.PageRuns],
+        cancel: core.Cancel,
+    ) -> None:
         """Tell of a full disk now and not after minutes of writing. Nobody knows what compressed pages will take."""
-        if self._storage.crew is None:
-            writer.check_space(sum(runs.total_bytes for runs in pages.values()))
+        if self._storage.crew is not None:
+            return
+        if writer.has_space(sum(runs.total_bytes for runs in pages.values())):
+            return
+        # It may fit all the same: pages of zeros are not stored, and to know them takes reading all.
+        writer.check_space(
+            sum(memory.weigh(pid, mms[pid], runs, jobs=self._jobs, cancel=cancel) for pid, runs in pages.items())
+        )
 
     def _write_memory(
         self,

@@ -175,10 +175,13 @@ class ImageWriter:
         for name in os.listdir(self._dir_fd):
             self.adopt(name)
 
+    def has_space(self, wanted_bytes: int) -> bool:
+        """Whether the file system can take that many bytes more, as far as it tells."""
+        return _free_bytes(self._dir_fd) >= wanted_bytes
+
     def check_space(self, wanted_bytes: int) -> None:
         """Raise GpurestoreError when the file system cannot take that many bytes more."""
-        free = _free_bytes(self._dir_fd)
-        if free < wanted_bytes:
+        if not self.has_space(wanted_bytes):
             error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise self.disk_error(error, "the images", wanted_bytes)
 

@@ -278,12 +278,14 @@ def test_damaged_images_without_verification_give_a_clear_error_or_work(
 
 
 @pytest.fixture
-def small_disk(folder: Path) -> Iterator[Path]:
+def small_disk(request: pytest.FixtureRequest, folder: Path) -> Iterator[Path]:
     """A file system with hardly any room."""
     disk = folder / "disk"
     disk.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(disk), b"tmpfs", 0, b"size=%d,mode=777" % SMALL_DISK_BYTES):
+    if libc.mount(
+        b"none", os.fsencode(disk), b"tmpfs", 0, b"size=%d,mode=777" % getattr(request, "param", SMALL_DISK_BYTES)
+    ):
         pytest.skip(f"no mounting here: {os.strerror(ctypes.get_errno())}")
     yield disk
     libc.umount2(os.fsencode(disk), 2)
@@ -316,6 +318,18 @@ def test_a_disk_that_is_too_small_is_told_before_memory_is_written(
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert "collect" in names and "memory" not in names
     victim.expect_running()
+    victim.finish()
+
+
+@pytest.mark.usefixtures("rights")
+@pytest.mark.parametrize("small_disk", [15 << 20], indirect=True)
+def test_a_disk_that_only_takes_memory_without_its_zeros_is_enough(
+    tool: Tool, victims: Victims, small_disk: Path
+) -> None:
+    victim = victims.start("zeros")  # 16 MiB of private memory, a third of the one half not zeros; 3 MiB of shared
+    tool.dump(victim.pid, small_disk / "images").expect(0)
+    victim.expect_gone()
+    tool.restore(small_disk / "images").expect(0)
     victim.finish()
 
 

@@ -32,6 +32,7 @@ from gpurestore.tasks.memory.saving import (
     save_object,
     scan,
     select,
+    weigh,
 )
 from gpurestore.tasks.memory.sources import COLD_WORKERS, PagesSource, Reading, open_source
 
@@ -69,4 +70,5 @@ __all__ = [
     "save_object",
     "scan",
     "select",
+    "weigh",
 ]

@@ -71,6 +71,16 @@ def dump(
     return stored
 
 
+def weigh(pid: int, mm: pb.mm_entry, runs: PageRuns, *, jobs: int | None = None, cancel: Cancel | None = None) -> int:
+    """The bytes that :func:`dump` would store of ``runs``, found by reading them: pages of zeros do not count."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        stored, _ = _write(nowhere, 0, (pid, -1), runs, zeros_matter(mm), jobs or default_jobs(), cancel)
+        return stored.total_bytes
+    finally:
+        os.close(nowhere)
+
+
 def zeros_matter(mm: pb.mm_entry) -> list[tuple[int, int]]:
     """Where a page that is not stored is no page of zeros after a restore: all but anonymous private memory."""
     return [(vma.start, vma.end) for vma in mm.vmas if not vmaflags.is_guard(vma) and not _starts_as_zeros(vma)]
@@ -161,26 +171,16 @@ class PagesFile:
         return self._add(0, fd, runs, ())
 
     def _add(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]]) -> PageRuns:
-        starts = u64(array("Q", [start for start, _ in kept]))
-        ends = u64(array("Q", [end for _, end in kept]))
-        times = ffi.new("struct gr_worker_times[]", self._jobs)
-        done = self._progress.counter if self._progress else ffi.NULL
-        source = ffi.new("struct gr_pages_source *", (pid, fd, starts, ends, len(kept)))
-        target = ffi.new("struct gr_pages_target *", (self._fd, self.size, self._jobs, 0, done, times, self._jobs, 0))
-        flag = self._cancel.flag if self._cancel else ffi.NULL
-        view, _keep = runs.view()
         try:
-            stored = PageRuns.made_by(lambda out, err: lib.gr_pages_out(source, view, target, flag, out, err))
+            stored, crc64 = _write(self._fd, self.size, (pid, fd), runs, kept, self._jobs, self._cancel, self._progress)
         except CoreError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 cause = OSError(error.errno, os.strerror(error.errno))
                 raise self._writer.disk_error(cause, self._name, runs.total_bytes) from error
             raise
         written = stored.total_bytes
-        self._crc64 = int(lib.gr_crc64_combine(self._crc64, target.crc64, written))
+        self._crc64 = int(lib.gr_crc64_combine(self._crc64, crc64, written))
         self.size += written
-        if self._progress:
-            self._progress.workers += [WorkerTimes(t.begin_ns, t.end_ns, t.bytes) for t in times[0 : target.nr_times]]
         return stored
 
     def finish(self, kind: str, ident: int, stored: PageRuns) -> None:
@@ -188,6 +188,31 @@ class PagesFile:
         self._writer.summed(self._name, self.size, self._crc64)
         flags = array("I", [PRESENT]) * len(stored)
         write_pagemap(self._writer, kind, ident, self._pages_id, stored.vaddrs, stored.nr_pages, flags)
+
+
+def _write(
+    out_fd: int,
+    offset: int,
+    source: tuple[int, int],
+    runs: PageRuns,
+    kept: Sequence[tuple[int, int]],
+    jobs: int,
+    cancel: Cancel | None,
+    progress: Progress | None = None,
+) -> tuple[PageRuns, int]:
+    """Write pages of ``source``, a pid or (behind -1) a descriptor; returns which were stored, and their checksum."""
+    starts = u64(array("Q", [start for start, _ in kept]))
+    ends = u64(array("Q", [end for _, end in kept]))
+    times = ffi.new("struct gr_worker_times[]", jobs)
+    done = progress.counter if progress else ffi.NULL
+    c_source = ffi.new("struct gr_pages_source *", (*source, starts, ends, len(kept)))
+    target = ffi.new("struct gr_pages_target *", (out_fd, offset, jobs, 0, done, times, jobs, 0))
+    flag = cancel.flag if cancel else ffi.NULL
+    view, _keep = runs.view()
+    stored = PageRuns.made_by(lambda out, err: lib.gr_pages_out(c_source, view, target, flag, out, err))
+    if progress:
+        progress.workers += [WorkerTimes(t.begin_ns, t.end_ns, t.bytes) for t in times[0 : target.nr_times]]
+    return stored, int(target.crc64)
 
 
 AnyPagesFile: TypeAlias = PagesFile | CompressedPagesFile
