@@ -20,7 +20,8 @@ SPARSE_MIB = 64
 
 def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
-    mib = bench.size(1024, 4096, copies=3.3)
+    # The images of each contender stay until the end, where all of them are verified.
+    mib = bench.size(1024, 2048, copies=6.5)
     warm = Dumps(bench, outcome, f"dump of {mib} MiB into memory", "idle", bench.folder, mib)
     floors = [
         partial(warm.floor, "plain copy into a new file"),
@@ -28,7 +29,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
     ]
     warm.measure([(), *bench.variants("dump", [("--no-sync",)])], floors)
     warm.verify()
-    mib = bench.size(256, 4096, copies=3.3)
+    mib = bench.size(256, 2048, copies=6.5)
     disk = Dumps(bench, outcome, f"dump of {mib} MiB onto a disk", "idle", bench.disk, mib)
     floors = [
         partial(disk.floor, "plain copy and fsync", sync=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from overlap import FULL_RATIOS, FULL_TASKS, Measured, Tree, measure
+from overlap import Measured, Tree, measure
 from suite import Bench, Outcome
 from support import processes
 
@@ -13,7 +13,7 @@ TITLE = "Overlap of memory and devices"
 def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
     mib = bench.size(512, 1024, copies=2.2)
-    tasks, ratios = (FULL_TASKS, FULL_RATIOS) if bench.is_full else ((4,), (0.5, 2.0))
+    tasks, ratios = ((1, 4, 8), (0.5, 1.0, 2.0)) if bench.is_full else ((4,), (0.5, 2.0))
     for nr in tasks:
         place = bench.folder / f"overlap-{nr}"
         for point in measure(Tree(bench.programs, place, nr, mib, 0.0), ratios, bench.runs):
