@@ -107,18 +107,25 @@ class ChunkIndex:
         """Size of the pages-N.img that this stands for."""
         return self.stream_offsets[-1]
 
-    def chunk(self, fd: int, number: int, decoder: Codec, buffer: bytearray | None = None) -> Bytes:
+    @property
+    def room_bytes(self) -> int:
+        """Enough for any frame and the chunk that it becomes."""
+        return self.largest_chunk_bytes + self.largest_frame_bytes
+
+    def chunk(self, fd: int, number: int, decoder: Codec, room: bytearray) -> memoryview:
         """Read and decompress a chunk of the file behind ``fd``. Raises ImageError that names the chunk.
 
-        A ``buffer`` of ``largest_frame_bytes`` saves making one; what is returned may lie in it.
+        All of it happens in ``room``, of ``room_bytes``, where the chunk stays until the next one is read.
         """
         start, end = self.frame_offsets[number], self.frame_offsets[number + 1]
-        frame = memoryview(buffer if buffer is not None else bytearray(end - start))[: end - start]
+        chunk_bytes = self.stream_offsets[number + 1] - self.stream_offsets[number]
+        view = memoryview(room)
+        chunk, frame = view[:chunk_bytes], view[chunk_bytes : chunk_bytes + end - start]
         try:
             _read_into(fd, frame, start)
             if checksum(frame) != self.checksums[number]:
                 raise ValueError("its checksum is not the one in the index")
-            return decoder.decompress(frame, self.stream_offsets[number + 1] - self.stream_offsets[number])
+            return decoder.decompress(frame, chunk)
         except (ValueError, OSError) as error:
             raise ImageError(
                 f"{self.name}: chunk {number} of {len(self)} (bytes {start} to {end}) is damaged: {error}"
@@ -126,12 +133,11 @@ class ChunkIndex:
 
     def read(self, fd: int, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset`` of the stream, which must be there."""
-        decoder, parts = codec(self.algorithm), []
+        decoder, parts, room = codec(self.algorithm), [], bytearray(self.room_bytes)
         number = bisect_right(self.stream_offsets, offset) - 1
         while size:
-            chunk = self.chunk(fd, number, decoder)
             skip = offset - self.stream_offsets[number]
-            part = bytes(memoryview(chunk)[skip : skip + size])
+            part = bytes(self.chunk(fd, number, decoder, room)[skip : skip + size])
             parts.append(part)
             offset, size, number = offset + len(part), size - len(part), number + 1
         return b"".join(parts)

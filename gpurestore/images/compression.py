@@ -29,7 +29,7 @@ LZ4, ZSTD = "lz4", "zstd"
 SUFFIXES: Final = {LZ4: ".lz4", ZSTD: ".zst"}
 COMPRESSED_SUFFIXES: Final = tuple(f".img{suffix}" for suffix in SUFFIXES.values())
 NUMBERS: Final = {LZ4: 1, ZSTD: 2}
-_PACKAGES = {LZ4: "lz4.block", ZSTD: "zstandard"}
+_PACKAGES = {LZ4: "cramjam", ZSTD: "zstandard"}
 _LEVELS = {LZ4: (0, 0), ZSTD: (1, 19)}
 _DEFAULT_LEVELS = {LZ4: 0, ZSTD: 1}
 # A chunk is what a cancellation waits for: the more thoroughly Zstandard searches, the smaller. Largest level, bytes.
@@ -49,8 +49,11 @@ class Codec(Protocol):
     def compress(self, chunk: Bytes) -> Bytes:
         """The frame of ``chunk``."""
 
-    def decompress(self, frame: Bytes, chunk_bytes: int) -> Bytes:
-        """The chunk in ``frame``, exactly ``chunk_bytes``, else ValueError. Takes no more memory than that."""
+    def decompress(self, frame: Bytes, room: memoryview) -> memoryview:
+        """The chunk in ``frame``, exactly as large as ``room``, else ValueError.
+
+        It is made in ``room``, without memory of its own, or lies in the frame as it is.
+        """
 
 
 class Compression(NamedTuple):
@@ -125,7 +128,7 @@ def load(algorithm: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UsageError(
-            f"{algorithm} needs the Python package {package.partition('.')[0]}: pip install 'gpurestore[compress]'"
+            f"{algorithm} needs the Python package {package}: pip install 'gpurestore[compress]'"
         ) from error
 
 
@@ -137,15 +140,15 @@ def codec(algorithm: str, level: int = 0) -> Codec:
 
 class _Lz4:
     def __init__(self, package: Any, _level: int) -> None:
-        self._package = package
+        self._lz4, self._error = package.lz4, package.DecompressionError
 
     def compress(self, chunk: Bytes) -> Bytes:
-        block = self._package.compress(chunk, store_size=False)
+        block = self._lz4.compress_block(chunk, store_size=False)
         stored = len(block) >= len(chunk)
         size = len(chunk) | _LZ4_STORED if stored else len(block)
         return b"".join((_LZ4_HEAD, _U32.pack(size), chunk if stored else block, bytes(_U32.size)))
 
-    def decompress(self, frame: Bytes, chunk_bytes: int) -> Bytes:
+    def decompress(self, frame: Bytes, room: memoryview) -> memoryview:
         view = memoryview(frame)
         if len(view) < _LZ4_EXTRA or view[: len(_LZ4_HEAD)] != _LZ4_HEAD or any(view[-_U32.size :]):
             raise ValueError("not an LZ4 frame of one block")
@@ -154,13 +157,11 @@ class _Lz4:
         if size & ~_LZ4_STORED != len(block):
             raise ValueError(f"a block of {size & ~_LZ4_STORED} bytes in a frame with room for {len(block)}")
         if size & _LZ4_STORED:
-            chunk: Bytes = block
-        else:
-            try:
-                chunk = self._package.decompress(block, uncompressed_size=chunk_bytes)
-            except self._package.LZ4BlockError as error:
-                raise ValueError(f"LZ4: {error}") from error
-        return _of_size(chunk, chunk_bytes)
+            return _checked(block, len(block), len(room))
+        try:
+            return _checked(room, self._lz4.decompress_block_into(block, room, len(room)), len(room))
+        except self._error as error:
+            raise ValueError(f"LZ4: {error}") from error
 
 
 class _Zstd:
@@ -174,21 +175,24 @@ class _Zstd:
         frame: bytes = self._compressor.compress(chunk)
         return frame
 
-    def decompress(self, frame: Bytes, chunk_bytes: int) -> Bytes:
+    def decompress(self, frame: Bytes, room: memoryview) -> memoryview:
         try:
-            # The package takes as much memory as the frame says: so ask it first.
+            # A frame that says how much it holds goes straight to the room. Of others a window would have to be kept.
             claimed = self._package.get_frame_parameters(frame).content_size
-            if claimed != chunk_bytes:
-                raise ValueError(f"a frame for {claimed} bytes instead of {chunk_bytes}")
-            chunk: bytes = self._decompressor.decompress(frame, allow_extra_data=False)
+            if claimed != len(room):
+                raise ValueError(f"a frame for {claimed} bytes instead of {len(room)}")
+            reader = self._decompressor.stream_reader(frame)
+            size = reader.readinto(room)
+            if reader.read(1):
+                raise ValueError("another frame behind it")
         except self._package.ZstdError as error:
             raise ValueError(f"Zstandard: {error}") from error
-        return _of_size(chunk, chunk_bytes)
+        return _checked(room, size, len(room))
 
 
-def _of_size(chunk: Bytes, chunk_bytes: int) -> Bytes:
-    if len(chunk) != chunk_bytes:
-        raise ValueError(f"{len(chunk)} bytes came out instead of {chunk_bytes}")
+def _checked(chunk: memoryview, size: int, expected: int) -> memoryview:
+    if size != expected:
+        raise ValueError(f"{size} bytes came out instead of {expected}")
     return chunk
 
 

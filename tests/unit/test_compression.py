@@ -63,7 +63,7 @@ def read_all(content: bytes, algorithm: str) -> bytes:
 def test_a_chunk_comes_back_and_one_that_does_not_shrink_hardly_grows(method: str, kind: str) -> None:
     made, chunk = Compression.parse(method).codec(), KINDS[kind]
     frame = made.compress(bytearray(chunk))
-    assert made.decompress(frame, len(chunk)) == chunk
+    assert made.decompress(frame, memoryview(bytearray(len(chunk)))) == chunk
     limit = len(chunk) + compression.MAX_FRAME_EXTRA if kind == "noise" else len(chunk) // 4
     assert len(frame) < limit
 
@@ -92,10 +92,10 @@ def test_the_usual_tools_make_a_plain_pages_image_of_it(tmp_path: Path, method: 
         with open(path, "rb") as file:
             out = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
     else:
-        import lz4.frame
+        import cramjam
 
-        with lz4.frame.open(path) as file:
-            out = file.read()
+        # It reads no skippable frames, which only come first and last here.
+        out = bytes(cramjam.lz4.decompress(path.read_bytes()))
     assert out == b"".join(CHUNKS)
 
 
@@ -123,7 +123,7 @@ def test_a_missing_package_is_named_before_anything_is_written_or_read(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = image(method)
-    monkeypatch.setitem(sys.modules, {"lz4": "lz4.block", "zstd": "zstandard"}[method], None)
+    monkeypatch.setitem(sys.modules, {"lz4": "cramjam", "zstd": "zstandard"}[method], None)
     with pytest.raises(UsageError, match=r"pip install 'gpurestore\[compress\]'"):
         Crew(Compression.parse(method), 1)
     with pytest.raises(GpurestoreError, match=r"pages-1\.img\.x: .*pip install"):
@@ -240,7 +240,7 @@ def test_files_of_other_makers_and_of_later_versions_are_told_apart() -> None:
 )
 def test_whatever_is_in_a_frame_ends_in_an_image_error_or_a_chunk(method: str, frame: bytes, says: int) -> None:
     try:
-        assert len(codec(method).decompress(frame, says)) == says
+        assert len(codec(method).decompress(frame, memoryview(bytearray(says)))) == says
     except ValueError:
         pass
 

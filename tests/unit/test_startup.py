@@ -23,7 +23,7 @@ LIBRARY = "import gpurestore, sys; gpurestore.restore_sync; print(*sorted(sys.mo
 OTHERS = ("check", "cli.dump", "cli.inspect", "cli.plugins", "cli.timeline", "demo", "images.inspect", "images.writer")
 OTHERS += ("pipeline.collect", "pipeline.drawing", "pipeline.dump", "pipeline.timeline", "pipeline.tracefile")
 PLUGINS = ("devplugins.cplugin", "devplugins.cuda", "devplugins.load", "devplugins.pyplugin", "devplugins.softaccel")
-HEAVY = ("asyncio", "concurrent", "email", "html", "http", "importlib.metadata", "lz4", "multiprocessing", "numpy")
+HEAVY = ("asyncio", "concurrent", "email", "html", "http", "importlib.metadata", "cramjam", "multiprocessing", "numpy")
 HEAVY += ("PIL", "pkg_resources", "pynvml", "setuptools", "trio.testing", "unittest", "uuid", "xml", "zstandard")
 
 

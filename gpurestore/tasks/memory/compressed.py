@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gpurestore.core import Cancel, check, ffi, lib, new_error
 from gpurestore.errors import CancelledError
 from gpurestore.images.chunked import ChunkIndex, IndexWriter, checksum, compressed_name
-from gpurestore.images.compression import BUFFER_BYTES, MAX_FRAME_EXTRA, Crew, codec
+from gpurestore.images.compression import BUFFER_BYTES, Crew, codec
 from gpurestore.images.hashing import run_in_threads
 from gpurestore.images.pagemap import PRESENT, Pagemap, write_pagemap
 from gpurestore.tasks.maps import PAGE_BYTES
@@ -191,9 +191,7 @@ class CompressedPages:
 
     def nr_workers(self, jobs: int) -> int:
         """How many threads may work at once, of ``jobs`` that are wanted."""
-        # A frame, the chunk that it becomes, and one that lz4 copies it from.
-        each = 3 * (self._index.largest_chunk_bytes + MAX_FRAME_EXTRA)
-        return max(1, min(jobs, self.nr_chunks, BUFFER_BYTES // each))
+        return max(1, min(jobs, self.nr_chunks, BUFFER_BYTES // max(1, self._index.room_bytes)))
 
     def run(self, pid: int, base: int, fd: int, cancel: Cancel | None = None) -> None:
         """Take chunks of the file behind ``fd`` until none is left, and put them into task ``pid``. Blocks.
@@ -201,11 +199,11 @@ class CompressedPages:
         ``pid`` 0 is this process, and addresses are relative to ``base``. To be called once per thread that takes part.
         """
         decoder = codec(self._index.algorithm)
-        buffer = bytearray(self._index.largest_frame_bytes)
+        room = bytearray(self._index.room_bytes)
         try:
             while not self._stopped and (number := next(self._numbers)) < len(self._index):
                 _stop_if(cancel)
-                self._put(pid, base, number, self._index.chunk(fd, number, decoder, buffer))
+                self._put(pid, base, number, self._index.chunk(fd, number, decoder, room))
         except BaseException:
             self._stopped = True
             raise
