@@ -317,9 +317,10 @@ class _Dump:
                 runs=runs[pid],
             )
             span.set(bytes=runs[pid].total_bytes)
+            what = "compress" if writer.crew else "write"
             for number, worker in enumerate(done.workers, 1):
                 track = f"{span.track}{WORKER_TRACK}{number}"
-                self._spans.add("write", track, worker.begin_ns, worker.end_ns, part_of=span, bytes=worker.bytes)
+                self._spans.add(what, track, worker.begin_ns, worker.end_ns, part_of=span, bytes=worker.bytes)
             self._memory_bytes += runs[pid].total_bytes
 
     def _write_ancestral(

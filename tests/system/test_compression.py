@@ -48,11 +48,16 @@ def test_inspect_shows_the_algorithm_and_the_ratio(tool: Tool, victims: Victims,
     victim.finish()
 
 
-def test_a_trace_shows_who_decompressed(tool: Tool, victims: Victims, folder: Path) -> None:
-    victim = victims.start("idle")
-    dump(tool, victim, folder / "images", "--compress=lz4")
-    restore(tool, victim, folder / "images", "-d", "--trace", str(folder / "trace"))
-    assert "decompress" in {event["name"] for event in json.loads((folder / "trace").read_text())["traceEvents"]}
+def test_a_trace_shows_who_compressed_and_who_decompressed(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("idle", "8")
+    images, trace = folder / "images", folder / "trace"
+    outcome = tool.dump(victim.pid, images, "--compress=lz4", "--json", "--trace", trace).expect(0)
+    victim.expect_gone()
+    events = json.loads(trace.read_text())["traceEvents"]
+    moved = sum(event["args"]["bytes"] for event in events if event["name"] == "compress")
+    assert moved == json.loads(outcome.out)["memory_bytes"] > 8 << 20
+    restore(tool, victim, images, "-d", "--trace", str(trace))
+    assert "decompress" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     victim.finish()
 
 

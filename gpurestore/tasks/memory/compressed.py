@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from gpurestore.images.compression import BUFFER_BYTES, Crew, codec
 from gpurestore.images.hashing import run_in_threads
 from gpurestore.images.pagemap import PRESENT, Pagemap, write_pagemap
 from gpurestore.tasks.maps import PAGE_BYTES
-from gpurestore.tasks.memory.runs import PageRuns, Progress, u64
+from gpurestore.tasks.memory.runs import PageRuns, Progress, WorkerTimes, u64
 
 if TYPE_CHECKING:
     from gpurestore.images.writer import ImageWriter
@@ -77,7 +78,7 @@ class CompressedPagesFile:
         """One thread's part: chunks until there are none left."""
         left = ffi.gc(ffi.new("struct gr_page_runs *"), lib.gr_page_runs_destroy)
         try:
-            with self._crew.place(partial(_stop_if, self._cancel)):
+            with self._crew.place(partial(_stop_if, self._cancel)), self._timed() as moved:
                 own_codec = self._compression.codec()
                 buffer = bytearray(self._compression.chunk_bytes)
                 while (number := next(numbers)) < stream.nr_chunks and not order.failed:
@@ -91,12 +92,21 @@ class CompressedPagesFile:
                         stream.append(number, left, stored)
                         offset = self._index.add(len(frame), len(chunk), digest) if chunk else 0
                     self._write(frame, offset)
+                    moved[0] += len(chunk)
                     with order.lock:
                         if self._progress:
                             self._progress.counter[0] += len(chunk)
         except BaseException:
             order.fail()
             raise
+
+    @contextmanager
+    def _timed(self) -> Iterator[list[int]]:
+        """Note when a thread was at work; it counts its bytes in what it gets."""
+        begin_ns, moved = time.monotonic_ns(), [0]
+        yield moved
+        if self._progress and moved[0]:
+            self._progress.workers.append(WorkerTimes(begin_ns, time.monotonic_ns(), moved[0]))
 
     def _write(self, data: Any, offset: int) -> None:
         view = memoryview(data)
