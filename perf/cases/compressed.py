@@ -8,7 +8,7 @@ from pathlib import Path
 
 from measure import MIB
 from subject import subject
-from suite import Bench, Contender, Outcome, pages_files
+from suite import Bench, Contender, Line, Outcome, pages_files
 
 from cases.cold import disk_floors, from_cold
 from cases.dump import Dumps
@@ -28,8 +28,9 @@ def run(bench: Bench, outcome: Outcome) -> None:
     restores(bench, outcome, hot, bench.folder, mib)
     restores(bench, outcome, cold, bench.disk, mib)
     disk = outcome.best(cold, "floor")
-    for how in HOW:
-        outcome.want_faster(outcome.line(hot, "ours", f"gpurestore, {how}"), disk, 1, clock=None)
+    # That the slower one is as fast as the disk would be without compression is what is wanted of both.
+    ours = [outcome.line(hot, "ours", f"gpurestore, {how}") for how in HOW]
+    outcome.want_faster(max(ours, key=Line.median), disk, 1, clock=None)
 
 
 def dumps(bench: Bench, outcome: Outcome, mib: int) -> None:
