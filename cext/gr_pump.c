@@ -84,6 +84,15 @@ static void add_read(struct pump *pump, const struct gr_chunk *chunk, int fd, ui
 	call->args[3] = chunk->file_offset;
 }
 
+static void add_staging_advice(struct pump *pump, uint64_t bytes, int advice)
+{
+	struct gr_call *call = add_call(pump, __NR_madvise, 0);
+
+	call->args[0] = pump->worker->staging;
+	call->args[1] = bytes;
+	call->args[2] = (uint64_t)advice;
+}
+
 static void add_move(struct pump *pump, const struct gr_chunk *chunk)
 {
 	struct move *move = add_data(pump, sizeof(*move));
@@ -167,17 +176,12 @@ static int check_read(const struct pump *pump, struct gr_error *err)
 /* Read a chunk through the page cache to where it belongs, whatever became of it before. */
 static int run_plainly(struct pump *pump, const struct gr_chunk *chunk, struct gr_error *err)
 {
-	struct gr_call *call;
 	int ret;
 
 	begin_batch(pump);
-	if (moves(pump, chunk)) {
-		/* What is left there must not show up in the next block. */
-		call = add_call(pump, __NR_madvise, 0);
-		call->args[0] = pump->worker->staging;
-		call->args[1] = GR_PUMP_STAGING_BYTES;
-		call->args[2] = MADV_DONTNEED;
-	}
+	/* What is left there must not show up in the next block. */
+	if (moves(pump, chunk))
+		add_staging_advice(pump, GR_PUMP_STAGING_BYTES, MADV_DONTNEED);
 	add_read(pump, chunk, pump->source->fd, 0);
 	ret = run_rest(pump, err);
 	if (ret == 1)
@@ -187,8 +191,8 @@ static int run_plainly(struct pump *pump, const struct gr_chunk *chunk, struct g
 	return ret;
 }
 
-/* Run the batch; `*nr_done` chunks are in place afterwards, and the one behind them, if any, went wrong for good. */
-static int run_batch(struct pump *pump, uint32_t *nr_done, struct gr_error *err)
+/* Run the batch, with moves tried again where that helps; as run_rest. */
+static int run_moving(struct pump *pump, struct gr_error *err)
 {
 	int ret = run_rest(pump, err);
 
@@ -197,6 +201,14 @@ static int run_batch(struct pump *pump, uint32_t *nr_done, struct gr_error *err)
 			usleep(MOVE_PAUSE_US);
 		ret = run_rest(pump, err);
 	}
+	return ret;
+}
+
+/* Run the batch; `*nr_done` chunks are in place afterwards, and the one behind them, if any, went wrong for good. */
+static int run_batch(struct pump *pump, uint32_t *nr_done, struct gr_error *err)
+{
+	int ret = run_moving(pump, err);
+
 	if (ret < 0)
 		return ret;
 	for (*nr_done = 0; *nr_done < pump->nr_chunks; ++*nr_done) {
@@ -229,16 +241,44 @@ static int run_once(struct pump *pump, const struct gr_chunk *first, const struc
 	return ret;
 }
 
+static struct pump pump_of(struct gr_region *region, const struct gr_pump_worker *worker,
+			   const struct gr_pump_source *source, struct gr_pump_queue *queue, int *cancel)
+{
+	char *base = (char *)region->slots + (uint64_t)worker->slot * GR_SLOT_BYTES + GR_SLOT_BATCH_OFFSET;
+
+	return (struct pump){ .region = region, .worker = worker, .source = source, .queue = queue, .cancel = cancel,
+			      .batch = (struct gr_batch *)base, .slot_end = base + GR_SLOT_BATCH_BYTES };
+}
+
 int gr_pump_run(struct gr_region *region, const struct gr_pump_worker *worker, const struct gr_pump_source *source,
 		struct gr_pump_queue *queue, int *cancel, struct gr_error *err)
 {
-	char *base = (char *)region->slots + (uint64_t)worker->slot * GR_SLOT_BYTES + GR_SLOT_BATCH_OFFSET;
-	struct pump pump = { .region = region, .worker = worker, .source = source, .queue = queue, .cancel = cancel,
-			     .batch = (struct gr_batch *)base, .slot_end = base + GR_SLOT_BATCH_BYTES };
+	struct pump pump = pump_of(region, worker, source, queue, cancel);
 	const struct gr_chunk *chunk = gr_pump_take(queue);
 	int ret = 0;
 
 	while (ret == 0 && chunk)
 		ret = run_once(&pump, chunk, &chunk, err);
 	return ret;
+}
+
+int gr_pump_populate(struct gr_region *region, const struct gr_pump_worker *worker, struct gr_pump_queue *queue,
+		     int *cancel, struct gr_error *err)
+{
+	struct pump pump = pump_of(region, worker, NULL, queue, cancel);
+	const struct gr_chunk *chunk;
+	int ret = 0;
+
+	while (ret >= 0 && (chunk = gr_pump_take(queue))) {
+		if (!moves(&pump, chunk))
+			continue;
+		begin_batch(&pump);
+		add_staging_advice(&pump, chunk->huge_bytes, MADV_POPULATE_WRITE);
+		add_move(&pump, chunk);
+		ret = run_moving(&pump, err);
+		if (ret == 0)
+			__atomic_fetch_add(&queue->moved_bytes, chunk->bytes, __ATOMIC_RELAXED);
+		/* Otherwise there is nothing yet, or what was moved before it failed: zeros, to be overwritten. */
+	}
+	return ret < 0 ? ret : 0;
 }

@@ -100,7 +100,14 @@ int gr_pump_run(struct gr_region *region, const struct gr_pump_worker *worker, c
 		struct gr_pump_queue *queue, int *cancel, struct gr_error *err);
 
 /*
- * The same for memory of this process: every address in the queue is relative to `base`, for huge chunks to `huge_base`,
+ * Take chunks until the queue is empty and have the thread that serves the worker's slot move empty huge pages to the
+ * blocks of huge ones, for somebody else to write to. Where that does not work there are none, which is no error.
+ */
+int gr_pump_populate(struct gr_region *region, const struct gr_pump_worker *worker, struct gr_pump_queue *queue,
+		     int *cancel, struct gr_error *err);
+
+/*
+ * The same as gr_pump_run for memory of this process: every address in the queue is relative to `base`, for huge chunks to `huge_base`,
  * where the same object is mapped with MADV_HUGEPAGE (0: nowhere). Threads are joined.
  */
 int gr_pump_fill(struct gr_pump_queue *queue, uint64_t base, uint64_t huge_base, const struct gr_pump_source *source,

@@ -74,8 +74,10 @@ class Filling:
         pages = loaded.pages
         span.watch(pages.total_bytes, lambda: pages.done_bytes)
         if pages.compressed is not None:
+            if pages.huge:
+                await self._populate_all(loaded, span)
             await self._decompress_all(loaded.pid, pages.compressed, span)
-            span.set(bytes=pages.total_bytes)
+            span.set(bytes=pages.total_bytes, huge_bytes=pages.counts.moved_bytes)
             return
         if self._plan.nr_fillers[loaded.pid] == 1:
             async with self._working("pump", 1, span):
@@ -108,6 +110,19 @@ class Filling:
         track = f"{memory_span.track}{WORKER_TRACK}{number}"
         async with self._stages.memory_workers, self._stages.spans.span(what, track=track, part_of=memory_span):
             yield
+
+    async def _populate_all(self, loaded: LoadedTask, span: Span) -> None:
+        """Put huge pages where compressed pages are to be written: only a task's own threads can do that."""
+        crew = await self._run(self._crews.assemble, loaded)
+        if crew[0].uffd >= 0:
+            async with trio.open_nursery() as nursery:
+                for number, worker in enumerate(crew, 1):
+                    nursery.start_soon(self._populate, loaded, worker, number, span)
+        await self._run(self._crews.dismiss, loaded, crew)
+
+    async def _populate(self, loaded: LoadedTask, worker: Worker, number: int, memory_span: Span) -> None:
+        async with self._working("populate", number, memory_span):
+            await self._run(loaded.pages.populate, self._region, worker, self._cancel)
 
     async def _decompress_all(self, pid: int, chunks: memory.CompressedPages, span: Span) -> None:
         """The same for compressed pages, by threads of this process."""

@@ -103,6 +103,8 @@ def place(tree: LoadedTree, jobs: int) -> RestorePlan:
 
 def _depth(pages: memory.PagePlan, reading: Reading, jobs: int) -> int:
     """How many workers may read an image at once: ``jobs`` of them, or what keeps a disk busy. One means one."""
+    if pages.compressed is not None:
+        return jobs
     direct = reading is Reading.DIRECT or (reading is Reading.AUTO and pages.cold_bytes >= _MIN_COLD_BYTES)
     return max(jobs, memory.COLD_WORKERS) if direct and jobs > 1 else jobs
 
@@ -113,7 +115,7 @@ def _nr_fillers(pages: memory.PagePlan, jobs: int, total_bytes: int) -> int:
     Work cannot go over to another task, so a large task may use all workers. To a small one that is one of many an
     extra thread costs more than it gives.
     """
-    if not pages.total_bytes or pages.compressed is not None:
+    if not pages.total_bytes or (pages.compressed is not None and not pages.huge):
         return 0
     if pages.total_bytes < _LARGE_BYTES:
         jobs = -(-jobs * pages.total_bytes // total_bytes)

@@ -49,14 +49,18 @@ def huge_mib(victim: Victim) -> dict[str, int]:
     return {name: by_address[int(address, 16)] for name, address in map(str.split, lines)}
 
 
-@pytest.mark.parametrize("choice", ["auto", "keep", "never"])
-def test_huge_pages_come_back_as_asked_and_mappings_as_they_were(tool: Tool, victims: Victims, choice: str) -> None:
+@pytest.mark.parametrize(
+    ("choice", "options"), [("auto", ()), ("keep", ()), ("never", ()), ("auto", ("--compress=lz4",))]
+)
+def test_huge_pages_come_back_as_asked_and_mappings_as_they_were(
+    tool: Tool, victims: Victims, choice: str, options: tuple[str, ...]
+) -> None:
     if not hugepages.anonymous_are_available():
         pytest.skip("this machine gives no transparent huge pages")
     victim = victims.start("hugepages")
     before = huge_mib(victim)
     images = victim.folder.parent / "images"
-    dump(tool, victim, images)
+    dump(tool, victim, images, *options)
     restore(tool, victim, images, "-d", f"--hugepages={choice}")
     after = huge_mib(victim)
     if choice == "auto":

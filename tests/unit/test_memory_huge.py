@@ -153,6 +153,33 @@ def test_pages_that_are_there_already_stay_and_the_others_come_in_plainly(
             assert made.done_bytes == made.total_bytes
 
 
+def test_huge_pages_are_there_before_anything_is_written_but_not_over_pages_that_were(
+    folder: Path, region: Region, place: int
+) -> None:
+    """As compressed pages need them, which are written from outside."""
+    runs = [(place, 4 * 512 - 1)]
+    ctypes.memset(place + 2 * BLOCK + 9 * PAGE, 77, PAGE)
+    with images(folder, runs) as found, AgentChild(region) as child:
+        made = plan(found, place)
+        uffd = open_uffd(child, made, place)
+        made.populate(region, Worker(child.pid, 0, uffd, staging_of(place)))
+        child.run(hugepages.plan_end(uffd, staging_of(place), 1))
+        assert child.read(place, 4 * BLOCK) == bytes(2 * BLOCK + 9 * PAGE) + b"M" * PAGE + bytes(2 * BLOCK - 10 * PAGE)
+        assert huge_bytes(child.pid, place) >= 2 * BLOCK
+        assert made.counts.moved_bytes == 2 * BLOCK
+        assert made.done_bytes == 0
+
+
+def test_nothing_is_populated_where_pages_cannot_be_moved(folder: Path, region: Region, place: int) -> None:
+    with images(folder, [(place, 4 * 512)]) as found, memory.open_pages(found, made := plan(found, place)) as source:
+        with AgentChild(region) as child:
+            map_staging(child, staging_of(place))
+            for uffd in (source.fd, -1):
+                made.populate(region, Worker(child.pid, 0, uffd, staging_of(place)))
+            assert huge_bytes(child.pid, place) == 0
+            assert made.counts.moved_bytes == 0
+
+
 def test_a_descriptor_that_cannot_move_pages_costs_nothing_but_huge_pages(
     folder: Path, region: Region, place: int
 ) -> None:

@@ -62,6 +62,11 @@ class Worker:
     uffd: int = -1
     staging: int = 0
 
+    @property
+    def handle(self) -> Any:
+        """The ``struct gr_pump_worker *``."""
+        return ffi.new("struct gr_pump_worker *", (self.slot, self.tid, self.uffd, 0, self.staging))
+
 
 @dataclass(frozen=True, slots=True)
 class PagePlan:
@@ -95,6 +100,15 @@ class PagePlan:
             return self.compressed.nr_chunks
         return int(self.counts.nr_chunks)
 
+    def populate(self, region: Region, worker: Worker, cancel: Cancel | None = None) -> None:
+        """Have ``worker`` put empty huge pages where :attr:`compressed` is to write, as far as that works. Blocks.
+
+        To be called once per worker that takes part, and before anything is written.
+        """
+        err = new_error()
+        flag = cancel.flag if cancel else ffi.NULL
+        check(lib.gr_pump_populate(region.handle, worker.handle, self.handle, flag, err), err)
+
     def run(self, region: Region, worker: Worker, source: PagesSource, cancel: Cancel | None = None) -> None:
         """Have ``worker`` fill its own task until nothing is left to do. Blocks.
 
@@ -102,8 +116,7 @@ class PagePlan:
         """
         err = new_error()
         flag = cancel.flag if cancel else ffi.NULL
-        who = ffi.new("struct gr_pump_worker *", (worker.slot, worker.tid, worker.uffd, 0, worker.staging))
-        check(lib.gr_pump_run(region.handle, who, source.handle, self.handle, flag, err), err)
+        check(lib.gr_pump_run(region.handle, worker.handle, source.handle, self.handle, flag, err), err)
 
     def fill(
         self, base: int, size: int, source: PagesSource, jobs: int | None = None, cancel: Cancel | None = None
