@@ -156,11 +156,10 @@ class PagesImage:
 def find_pages(folder: ImageFolder, pages_id: int) -> PagesImage:
     """The pages image with this id, plain or compressed. Raises ImageError when it is missing or damaged."""
     plain = pages_file_name(pages_id)
-    files = folder.files()
-    if plain not in files:
+    if not folder.holds(plain):
         for algorithm in SUFFIXES:
             name = compressed_name(pages_id, algorithm)
-            if name in files:
+            if folder.holds(name):
                 fd = folder.open_raw(name)
                 try:
                     index = read_index(fd, f"{folder.path}/{name}", algorithm)

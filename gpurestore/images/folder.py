@@ -140,6 +140,11 @@ class ImageFolder:
         with self._named():
             return self._exists(KINDS[kind].file_name(ident))
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        with self._named():
+            return self._exists(name)
+
     def read(self, kind: str, ident: int | None = None) -> list[Any]:
         """The messages of an image, which must be there."""
         name = KINDS[kind].file_name(ident)

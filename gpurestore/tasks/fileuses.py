@@ -39,6 +39,8 @@ class FileUses:
         for item in folder.read("pstree"):
             self.pids |= {item.pid, item.pgid, item.sid, *item.threads}
             self._read_task(folder, item.pid)
+        # One more than the largest descriptor number of any task.
+        self.keep_from = 1 + max((entry.fd for table in self.tables.values() for entry in table), default=2)
 
     def _add_entry(self, entry: pb.file_entry) -> None:
         body = _BODY.get(entry.type)
@@ -164,8 +166,3 @@ class FileUses:
     def fs_of(self, pid: int) -> pb.fs_entry:
         """The fs entry of a task."""
         return self._fs[pid]
-
-    @property
-    def keep_from(self) -> int:
-        """One more than the largest descriptor number of any task."""
-        return 1 + max((entry.fd for table in self.tables.values() for entry in table), default=2)
