@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpurestore.cli.loading import loading
 from gpurestore.cli.options import (
     Commands,
     add_command,
@@ -65,8 +66,9 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it."""
     set_up_log(args.log_file, args.verbose)
-    from gpurestore.cli.running import run_operation, show_summary
-    from gpurestore.pipeline.dump import dump
+    with loading():
+        from gpurestore.cli.running import run_operation, show_summary
+        from gpurestore.pipeline.dump import dump
 
     async def operation(progress: Progress | None) -> DumpResult:
         return await dump(

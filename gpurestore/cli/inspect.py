@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from gpurestore.cli.loading import loading
 from gpurestore.cli.options import Commands, add_command, add_json, print_json
 
 _DESCRIPTION = """\
@@ -22,7 +23,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it."""
-    from gpurestore.images.inspect import format_summary, summarize
+    with loading():
+        from gpurestore.images.inspect import format_summary, summarize
 
     summary = summarize(args.images_dir)
     if args.json:

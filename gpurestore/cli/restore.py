@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpurestore.cli.loading import loading
 from gpurestore.cli.options import (
     Commands,
     add_command,
@@ -120,8 +121,9 @@ def run(args: argparse.Namespace) -> int:
     from gpurestore.namespaces import require_restore_rights
 
     require_restore_rights()
-    from gpurestore.cli.running import run_operation
-    from gpurestore.pipeline.restore import restore
+    with loading():
+        from gpurestore.cli.running import run_operation
+        from gpurestore.pipeline.restore import restore
 
     async def operation(progress: Progress | None) -> RestoreResult:
         return await restore(
@@ -166,8 +168,9 @@ def _show(args: argparse.Namespace, result: RestoreResult) -> None:
 
 
 def _print_plan(args: argparse.Namespace) -> int:
-    from gpurestore.pipeline.lazy import LazySettings
-    from gpurestore.pipeline.preview import preview
+    with loading():
+        from gpurestore.pipeline.lazy import LazySettings
+        from gpurestore.pipeline.preview import preview
 
     seen = preview(
         args.images_dir,

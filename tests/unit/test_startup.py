@@ -60,3 +60,25 @@ def test_a_deferred_module_is_whole_once_it_is_used() -> None:
 def test_the_library_defers_nothing_in_a_process_that_is_not_its_own() -> None:
     loaded = _loaded(LIBRARY)
     assert "gpurestore.cli.deferred" not in loaded and not _below(loaded, ("gpurestore.cli",))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["dump", "-t", "999999999", "-D", "x"], ["restore", "-D", "x", "--dry-run"], ["inspect", "x"]],
+    ids=lambda words: words[0],
+)
+def test_ctrl_c_waits_while_messages_are_loaded(words: list[str]) -> None:
+    program = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "gpurestore.images.common_pb2":
+            os.kill(os.getpid(), signal.SIGINT)
+            print("held back" if signal.SIGINT in signal.sigpending() else "taken")
+sys.meta_path.insert(0, Finder())
+from gpurestore.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    result = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("held back\n", f"gpurestore: {words[0]}: interrupted\n")
+    assert result.returncode == 130
