@@ -43,6 +43,7 @@ INTERNAL_UNITS = (
     "gr_inject",
     "gr_spawn",
     "gr_workers",
+    "gr_read_pieces",
     "gr_zeros",
     "gr_pump_queue",
     "gr_pump_fill",

@@ -5,6 +5,7 @@
 
 #include "gr_chunk_read.h"
 #include "gr_internal.h"
+#include "gr_read_pieces.h"
 #include "gr_zeros.h"
 
 #define PAGE_BYTES 4096UL
@@ -23,64 +24,6 @@ struct gr_chunk_reader {
 	uint32_t chunk_pages;
 	struct start *starts;
 };
-
-/* Fill `buffer` from a file: the task's memory file, which reads what its owner may not, or an object's. */
-static int read_file(const struct gr_chunk_reader *reader, char *buffer, uint64_t bytes, uint64_t address,
-		     struct gr_error *err)
-{
-	int is_object = reader->source.source_fd >= 0;
-
-	while (bytes) {
-		ssize_t n = pread(is_object ? reader->source.source_fd : reader->mem_fd, buffer, bytes, (off_t)address);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n == 0 && is_object && bytes < PAGE_BYTES) {
-			memset(buffer, 0, bytes); /* the last page of an object whose size is no multiple of pages */
-			return 0;
-		}
-		if (n <= 0 && is_object)
-			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at offset %#lx of an object",
-				       bytes, address);
-		if (n <= 0)
-			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at %#lx of task %d", bytes,
-				       address, reader->source.pid);
-		buffer += n;
-		bytes -= (uint64_t)n;
-		address += (uint64_t)n;
-	}
-	return 0;
-}
-
-static int read_pieces(const struct gr_chunk_reader *reader, char *buffer, struct iovec *pieces, unsigned int nr,
-		       uint64_t bytes, struct gr_error *err)
-{
-	while (nr) {
-		struct iovec local = { .iov_base = buffer, .iov_len = bytes };
-		ssize_t n = -1;
-		int ret;
-
-		if (reader->source.source_fd < 0)
-			n = process_vm_readv(reader->source.pid, &local, 1, pieces, nr, 0);
-		if (n < 0)
-			n = 0; /* unreadable for its owner, or not ours to read this way: the file below decides */
-		buffer += n;
-		bytes -= (uint64_t)n;
-		for (; nr && (size_t)n >= pieces->iov_len; pieces++, nr--)
-			n -= (ssize_t)pieces->iov_len;
-		if (!nr)
-			break;
-		ret = read_file(reader, buffer, pieces->iov_len - (size_t)n, (uint64_t)pieces->iov_base + (uint64_t)n,
-				err);
-		if (ret < 0)
-			return ret;
-		buffer += pieces->iov_len - (size_t)n;
-		bytes -= pieces->iov_len - (size_t)n;
-		pieces++;
-		nr--;
-	}
-	return 0;
-}
 
 /* Keep pages of `from` (a place in the buffer) up to `end`; `*to` is where they belong. */
 static int keep(uint64_t start, uint64_t end, const char *from, char **to, struct gr_page_runs *left,
@@ -148,7 +91,8 @@ int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *bu
 	left->nr_runs = left->total_pages = 0;
 	nr = list_pieces(reader, index, pieces, &bytes);
 	memcpy(rest, pieces, nr * sizeof(*pieces));
-	ret = read_pieces(reader, buffer, rest, nr, bytes, err);
+	ret = gr_read_pieces(reader->source.pid, reader->source.source_fd, reader->mem_fd, buffer, rest, nr, bytes,
+			     err);
 	for (unsigned int i = 0; i < nr && ret == 0; at += pieces[i++].iov_len) {
 		uint64_t start = (uint64_t)pieces[i].iov_base, end = start + pieces[i].iov_len;
 

@@ -9,6 +9,7 @@
 #include "gr_crc64.h"
 #include "gr_internal.h"
 #include "gr_pages_out.h"
+#include "gr_read_pieces.h"
 #include "gr_workers.h"
 #include "gr_zeros.h"
 
@@ -70,34 +71,6 @@ static int write_all(const struct job *job, const char *buffer, uint64_t bytes, 
 	return 0;
 }
 
-/* Fill `buffer` from a file: the task's memory file, which reads what its owner may not, or an object's. */
-static int read_file(const struct job *job, char *buffer, uint64_t bytes, uint64_t address, struct gr_error *err)
-{
-	int is_object = job->source->source_fd >= 0;
-	int fd = is_object ? job->source->source_fd : job->mem_fd;
-
-	while (bytes) {
-		ssize_t n = pread(fd, buffer, bytes, (off_t)address);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n == 0 && is_object && bytes < PAGE_BYTES) {
-			memset(buffer, 0, bytes); /* the last page of an object whose size is no multiple of pages */
-			return 0;
-		}
-		if (n <= 0 && is_object)
-			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at offset %#lx of an object",
-				       bytes, address);
-		if (n <= 0)
-			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at %#lx of task %d", bytes,
-				       address, job->source->pid);
-		buffer += n;
-		bytes -= (uint64_t)n;
-		address += (uint64_t)n;
-	}
-	return 0;
-}
-
 /* Take the next pieces of memory; returns their number, 0 when nothing is left. */
 static unsigned int take(struct job *job, struct chunk *chunk)
 {
@@ -128,43 +101,13 @@ static unsigned int take(struct job *job, struct chunk *chunk)
 	return nr;
 }
 
-static int read_pieces(const struct job *job, char *buffer, struct iovec *pieces, unsigned int nr, uint64_t bytes,
-		       struct gr_error *err)
-{
-	while (nr) {
-		struct iovec local = { .iov_base = buffer, .iov_len = bytes };
-		ssize_t n = -1;
-		int ret;
-
-		if (job->source->source_fd < 0)
-			n = process_vm_readv(job->source->pid, &local, 1, pieces, nr, 0);
-		if (n < 0)
-			n = 0; /* unreadable for its owner, or not ours to read this way: the file below decides */
-		buffer += n;
-		bytes -= (uint64_t)n;
-		for (; nr && (size_t)n >= pieces->iov_len; pieces++, nr--)
-			n -= (ssize_t)pieces->iov_len;
-		if (!nr)
-			break;
-		pieces->iov_base = (char *)pieces->iov_base + n;
-		pieces->iov_len -= (size_t)n;
-		ret = read_file(job, buffer, pieces->iov_len, (uint64_t)pieces->iov_base, err);
-		if (ret < 0)
-			return ret;
-		buffer += pieces->iov_len;
-		bytes -= pieces->iov_len;
-		pieces++;
-		nr--;
-	}
-	return 0;
-}
-
 static int read_chunk(const struct job *job, struct chunk *chunk, struct gr_error *err)
 {
 	for (unsigned int i = 0; i < chunk->nr_pieces; i++)
 		chunk->vector[i] = (struct iovec){ (void *)chunk->pieces[i].start,
 						   chunk->pieces[i].end - chunk->pieces[i].start };
-	return read_pieces(job, chunk->buffer, chunk->vector, chunk->nr_pieces, chunk->bytes, err);
+	return gr_read_pieces(job->source->pid, job->source->source_fd, job->mem_fd, chunk->buffer, chunk->vector,
+			      chunk->nr_pieces, chunk->bytes, err);
 }
 
 static void keep(struct chunk *chunk, const struct piece *piece, uint64_t start, uint64_t end, const char *at)
