@@ -17,6 +17,7 @@ from gpurestore.tasks.memory.filling import (
     read_page_bytes,
 )
 from gpurestore.tasks.memory.hugepages import HugePages
+from gpurestore.tasks.memory.pagesfile import AnyPagesFile
 from gpurestore.tasks.memory.patching import Patch, Piece, pieces
 from gpurestore.tasks.memory.runs import PageRuns, Progress, default_jobs
 from gpurestore.tasks.memory.saving import (
@@ -25,7 +26,6 @@ from gpurestore.tasks.memory.saving import (
     IOCTL,
     READ,
     STORED,
-    AnyPagesFile,
     PagesFile,
     dump,
     pages_file,

@@ -22,39 +22,26 @@ from gpurestore.errors import CancelledError
 from gpurestore.images.chunked import ChunkIndex, IndexWriter, checksum, compressed_name
 from gpurestore.images.compression import BUFFER_BYTES, Crew, codec
 from gpurestore.images.hashing import run_in_threads
-from gpurestore.images.pagemap import PRESENT, Pagemap, write_pagemap
+from gpurestore.images.pagemap import Pagemap
 from gpurestore.tasks.maps import PAGE_BYTES
+from gpurestore.tasks.memory.pagesfile import AnyPagesFile
 from gpurestore.tasks.memory.runs import PageRuns, Progress, WorkerTimes, u64
 
 if TYPE_CHECKING:
     from gpurestore.images.writer import ImageWriter
 
 
-class CompressedPagesFile:
-    """A compressed pages image in the making: what :class:`PagesFile` is for plain ones."""
+class CompressedPagesFile(AnyPagesFile):
+    """A compressed one."""
 
     def __init__(
         self, writer: ImageWriter, pages_id: int, crew: Crew, cancel: Cancel | None, progress: Progress | None
     ) -> None:
-        self._writer, self._pages_id, self._crew = writer, pages_id, crew
-        self._cancel, self._progress = cancel, progress
-        self._compression = crew.compression
-        self._name = compressed_name(pages_id, self._compression.algorithm)
-        self._fd = writer.open_raw(self._name)
+        self._crew, self._compression = crew, crew.compression
+        name = compressed_name(pages_id, self._compression.algorithm)
+        super().__init__(writer, pages_id, name, writer.open_raw(name), cancel, progress)
         self._index = IndexWriter(self._compression.algorithm, self._compression.chunk_bytes)
         self._write(self._index.head, 0)
-        self.size = 0
-
-    def add_from_task(self, pid: int, runs: PageRuns, kept: Sequence[tuple[int, int]] = ()) -> PageRuns:
-        """Append pages of a frozen task; returns those that were stored, without pages of zeros.
-
-        In the ranges ``kept`` (start and end, ascending) these are stored as well.
-        """
-        return self._add(pid, -1, runs, kept)
-
-    def add_from_file(self, fd: int, runs: PageRuns) -> PageRuns:
-        """Append pages of an object, at the offsets that ``runs`` give; returns those that were stored."""
-        return self._add(0, fd, runs, ())
 
     def _add(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]]) -> PageRuns:
         stream = _Stream(pid, fd, runs, kept, self._compression.chunk_bytes)
@@ -117,12 +104,9 @@ class CompressedPagesFile:
         except OSError as error:
             raise self._writer.disk_error(error, self._name, len(view)) from error
 
-    def finish(self, kind: str, ident: int, runs: PageRuns) -> None:
-        """Write the index, and the pagemap, which is that of a plain pages image."""
+    def _end(self) -> None:
         offset, tail = self._index.tail()
         self._write(tail, offset)
-        flags = array("I", [PRESENT]) * len(runs)
-        write_pagemap(self._writer, kind, ident, self._pages_id, runs.vaddrs, runs.nr_pages, flags)
 
 
 class _Order:

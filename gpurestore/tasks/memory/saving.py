@@ -6,16 +6,16 @@ import errno
 import os
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from gpurestore.core import Cancel, ffi, lib
 from gpurestore.errors import CoreError
 from gpurestore.images import pb
 from gpurestore.images.magic import pages_file_name
-from gpurestore.images.pagemap import PRESENT, write_pagemap
 from gpurestore.tasks import vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES
 from gpurestore.tasks.memory.compressed import CompressedPagesFile
+from gpurestore.tasks.memory.pagesfile import AnyPagesFile
 from gpurestore.tasks.memory.runs import PageRuns, Progress, WorkerTimes, default_jobs, u64
 
 if TYPE_CHECKING:
@@ -143,32 +143,16 @@ def pages_file(
     return PagesFile(writer, pages_id, jobs, cancel, progress)
 
 
-class PagesFile:
-    """A pages image in the making: runs are written one behind the other, each by several threads.
-
-    It is summed on its way, so that nobody has to read it again.
-    """
+class PagesFile(AnyPagesFile):
+    """A plain one. It is summed on its way, so that nobody has to read it again."""
 
     def __init__(
         self, writer: ImageWriter, pages_id: int, jobs: int | None, cancel: Cancel | None, progress: Progress | None
     ) -> None:
-        self._writer, self._pages_id, self._jobs = writer, pages_id, jobs or default_jobs()
-        self._cancel, self._progress = cancel, progress
-        self._name = pages_file_name(pages_id)
-        self._fd = writer.open_pages(self._name)
+        name = pages_file_name(pages_id)
+        super().__init__(writer, pages_id, name, writer.open_pages(name), cancel, progress)
+        self._jobs = jobs or default_jobs()
         self._crc64 = 0
-        self.size = 0
-
-    def add_from_task(self, pid: int, runs: PageRuns, kept: Sequence[tuple[int, int]] = ()) -> PageRuns:
-        """Append pages of a frozen task; returns those that were stored, without pages of zeros.
-
-        In the ranges ``kept`` (start and end, ascending) these are stored as well.
-        """
-        return self._add(pid, -1, runs, kept)
-
-    def add_from_file(self, fd: int, runs: PageRuns) -> PageRuns:
-        """Append pages of an object, at the offsets that ``runs`` give; returns those that were stored."""
-        return self._add(0, fd, runs, ())
 
     def _add(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]]) -> PageRuns:
         try:
@@ -183,11 +167,8 @@ class PagesFile:
         self.size += written
         return stored
 
-    def finish(self, kind: str, ident: int, stored: PageRuns) -> None:
-        """Write the pagemap that says where the pages belong: all that were stored, in that order."""
+    def _end(self) -> None:
         self._writer.summed(self._name, self.size, self._crc64)
-        flags = array("I", [PRESENT]) * len(stored)
-        write_pagemap(self._writer, kind, ident, self._pages_id, stored.vaddrs, stored.nr_pages, flags)
 
 
 def _write(
@@ -213,6 +194,3 @@ def _write(
     if progress:
         progress.workers += [WorkerTimes(t.begin_ns, t.end_ns, t.bytes) for t in times[0 : target.nr_times]]
     return stored, int(target.crc64)
-
-
-AnyPagesFile: TypeAlias = PagesFile | CompressedPagesFile
