@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from gpurestore.devplugins.cuda.driver import CUSTOM_STORAGE_VERSION, Driver, ffi_of_driver, uuid_text
@@ -308,9 +307,7 @@ class Inflow:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def order(self, operation: Operation) -> list[int]:

@@ -6,7 +6,7 @@ import os
 import select
 import signal
 from collections import deque
-from types import FrameType, TracebackType
+from types import FrameType
 
 # What a shell, a scheduler or a person sends to a job. Not in it: what the kernel sends for our own faults, SIGCHLD,
 # and SIGPIPE, which Python ignores. SIGTTIN and SIGTTOU concern only who reads the terminal: ourselves.
@@ -44,9 +44,7 @@ class Foreground:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

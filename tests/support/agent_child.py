@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Self
 
 from gpurestore.batch import Call
@@ -65,8 +64,6 @@ class AgentChild:
         with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
             return os.pread(memory.fileno(), size, address)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)

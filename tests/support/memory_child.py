@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from gpurestore.images import pb
@@ -75,9 +74,7 @@ class MemoryChild:
         assert self.values, "the child could not prepare its memory"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
