@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from support import processes
-from support.recorded import Recorded, dumped
+from support.recorded import Recorded, dumped, restored
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
 
@@ -60,9 +61,7 @@ def test_a_restore_keeps_to_every_edge_of_the_graph_that_a_dry_run_prints(
     plan = tool.restore(folder / "images", "--dry-run", *mode, *recorded.options, env=recorded.env()).expect(0).out
     assert recorded.calls() == []
     assert "plugin recorder 0.3.0 (Python), the images name it" in plan
-    options = ("-d", how, "--trace", str(folder / "trace.json"), *recorded.options)
-    tool.restore(folder / "images", *options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    restored(tool, folder / "images", recorded, how, "--trace", str(folder / "trace.json"))
     stages, spans = printed(plan), happened(folder / "trace.json")
     assert set(stages) == set(spans)
     also = {"shared": "shared memory", "tree": "fill"}[name]
@@ -93,11 +92,8 @@ def test_a_trace_has_a_track_for_every_task_plugin_and_worker(tool: Tool, victim
     recorded = Recorded(folder)
     victim = victims.start("tree")
     options = (*recorded.options, "--trace", str(folder / "dump.json"))
-    tool.dump(victim.pid, folder / "images", *options, env=recorded.env()).expect(0)
-    victim.expect_gone()
-    options = ("-d", *recorded.options, "--trace", str(folder / "restore.json"))
-    tool.restore(folder / "images", *options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    dump(tool, victim, folder / "images", *options, env=recorded.env())
+    restored(tool, folder / "images", recorded, "--trace", str(folder / "restore.json"))
     for name, part in (("dump", "write"), ("restore", "pump")):
         tracks, moved = read_tracks(folder / f"{name}.json")
         assert {"main", "plugin recorder", f"task {victim.pid}", f"task {victim.pid} worker 1"} <= tracks.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.recorded import Recorded, dumped
+from support.recorded import Recorded, dumped, restored
 from support.tool import Tool, interrupt
 from support.victims import Victims
 
@@ -52,8 +52,7 @@ def test_every_hook_of_a_restore_comes_at_its_moment(
     victim = victims.start("tree")
     dumped(tool, victim, folder / "images", recorded)
     heaps = {c["pid"]: c["heap"] for c in recorded.calls() if c["hook"] == "CHECKPOINT_DEVICES"}
-    tool.restore(folder / "images", "-d", *recorded.options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    restored(tool, folder / "images", recorded)
     assert recorded.names() == [*RESTORE_HOOKS, "EXIT"]
     resumed = [c for c in recorded.calls() if c["hook"] == "RESUME_DEVICES_LATE"]
     assert {c["pid"]: c["heap"] for c in resumed} == heaps
@@ -65,8 +64,7 @@ def test_every_hook_of_a_restore_comes_at_its_moment(
 def test_with_serial_the_same_hooks_come(tool: Tool, victims: Victims, folder: Path, recorded: Recorded) -> None:
     victim = victims.start("tree")
     dumped(tool, victim, folder / "images", recorded)
-    tool.restore(folder / "images", "-d", "--serial", *recorded.options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    restored(tool, folder / "images", recorded, "--serial")
     assert set(recorded.names()) == {*RESTORE_HOOKS, "EXIT"}
     victim.finish()
 
@@ -105,8 +103,7 @@ def test_a_hook_that_fails_in_a_restore_leaves_nothing(
         assert len(exits(recorded)) == 1
         assert exits(recorded)[0] < 0
     processes.wait_gone(victim.pids)
-    tool.restore(folder / "images", "-d", *recorded.options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    restored(tool, folder / "images", recorded)
     victim.finish()
 
 
@@ -132,8 +129,7 @@ def test_what_the_engine_does_not_know_is_claimed_and_given_back(
     claimed = {call["hook"]: call for call in recorded.calls()}
     assert claimed["DUMP_EXT_FILE"]["link"] == "socket"
     assert claimed["HANDLE_DEVICE_VMA"]["size"] == 4096
-    tool.restore(folder / "images", "-d", *recorded.options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    restored(tool, folder / "images", recorded)
     given = {call["hook"]: call for call in recorded.calls()}
     assert given["RESTORE_EXT_FILE"]["ident"] == claimed["DUMP_EXT_FILE"]["ident"]
     assert given["UPDATE_VMA_MAP"]["path"].startswith("/memfd:claimed-page")
@@ -145,8 +141,7 @@ def test_two_plugins_see_the_same_task(tool: Tool, victims: Victims, folder: Pat
     victim = victims.start("idle")
     dumped(tool, victim, folder / "images", recorded)
     assert recorded.names("recorder") == recorded.names("second") == [*DUMP_HOOKS, "EXIT"]
-    tool.restore(folder / "images", "-d", *recorded.options, env=recorded.env()).expect(0)
-    victim.generation += 1
+    restored(tool, folder / "images", recorded)
     assert recorded.names("recorder") == recorded.names("second") == [*RESTORE_HOOKS, "EXIT"]
     victim.finish()
 

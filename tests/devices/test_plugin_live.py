@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.plugins import compile_plugin
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
 
@@ -29,8 +30,7 @@ def test_c_plugins_see_every_hook_at_its_moment(
         compile_plugin("recorder", lib / f"{name}.so", f'-DNAME="{name}"', f"-DCRIU_PLUGIN_VERSION={version}")
     options = ("-L", str(lib), "--plugin-option", f"one.to={calls}", "--plugin-option", f"two.to={calls}")
     victim = victims.start("tree")
-    tool.dump(victim.pid, folder / "images", *options).expect(0)
-    victim.expect_gone()
+    dump(tool, victim, folder / "images", *options)
     finish = ["DUMP_FINISH 0"] if version == "0x000300" else []
     root = victim.pid
     for name in ("one", "two"):
@@ -53,7 +53,6 @@ def test_c_plugins_see_every_hook_at_its_moment(
 
     calls.unlink()
     tool.restore(folder / "images", "-d", *options).expect(0)
-    victim.generation += 1
     for name in ("one", "two"):
         seen = [line[5:] for line in calls.read_text().splitlines() if line.startswith(f"{name}: ")]
         assert seen[:3] == ["init 2", "RESTORE_INIT", "POST_FORKING"]
@@ -66,12 +65,10 @@ def test_c_plugins_see_every_hook_at_its_moment(
 def test_what_a_c_plugin_claims_comes_back_from_it(tool: Tool, victims: Victims, folder: Path, lib: Path) -> None:
     compile_plugin("giver", lib / "giver.so")
     victim = victims.start("claimed")
-    tool.dump(victim.pid, folder / "images", "-L", str(lib)).expect(0)
-    victim.expect_gone()
+    dump(tool, victim, folder / "images", "-L", str(lib))
     missing = tool.restore(folder / "images", "-d").expect(1)
     assert "the images need plugins that are not there: giver" in missing.one_line()
     tool.restore(folder / "images", "-d", "-L", str(lib)).expect(0)
-    victim.generation += 1
     victim.finish()
 
 
@@ -82,9 +79,8 @@ def test_a_plugin_from_before_descriptors_sees_its_hooks_and_gives_a_unix_socket
     calls = folder / "calls"
     env = {"RECORDER_LOG": str(calls)}
     victim = victims.start("claimed")
-    outcome = tool.dump(victim.pid, folder / "images", "-L", str(lib), env=env).expect(0)
-    assert "no CR_PLUGIN_DESC" in outcome.log or "descriptor" in outcome.log
-    victim.expect_gone()
+    outcome = dump(tool, victim, folder / "images", "-L", str(lib), env=env)
+    assert "older.so has no descriptor: taken for one of version 0.1.0" in outcome.log
     seen = calls.read_text().splitlines()
     assert seen[0] == "init"
     assert seen[1].startswith(f"pause_devices pid={victim.pid} state=")
@@ -94,7 +90,6 @@ def test_a_plugin_from_before_descriptors_sees_its_hooks_and_gives_a_unix_socket
     assert seen[-1] == "fini"
     calls.unlink()
     tool.restore(folder / "images", "-d", "-L", str(lib), env=env).expect(0)
-    victim.generation += 1
     seen = calls.read_text().splitlines()
     assert seen[:2] == ["init", "restore_init"]
     assert sorted(seen[2:4]) == ["restore_unix_sk", "update_vma_map"]

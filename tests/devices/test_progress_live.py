@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
+from support.round_trip import dump
 from support.tool import COMMAND, Tool
 from support.victims import Victims
 
@@ -58,8 +59,7 @@ def test_the_terminal_shows_bytes_and_speed_and_what_waits_for_what(tool: Tool, 
     (folder / "plugins" / "slow.py").write_text(_PLUGIN)
     options = ("-L", str(folder / "plugins"))
     victim = victims.start("idle")
-    tool.dump(victim.pid, folder / "images", *options).expect(0)
-    victim.expect_gone()
+    dump(tool, victim, folder / "images", *options)
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 160))
     command = [*COMMAND, "restore", "-d", "-D", str(folder / "images"), *options]

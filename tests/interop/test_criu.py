@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.criu import Crit, Criu, find_crit, find_criu
-from support.round_trip import dump, restore
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
 
@@ -81,7 +81,7 @@ def test_we_restore_a_dump_of_criu(tool: Tool, victims: Victims, folder: Path, c
     result = criu.run("dump", folder / "images", "-t", str(victim.pid))
     assert result.returncode == 0, result.stdout[-6000:]
     victim.expect_gone()
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -116,7 +116,7 @@ def test_criu_refuses_memory_that_only_we_can_share_again(
     result = criu.run("restore", folder / "images", "-d")
     assert result.returncode != 0
     assert f"Not supported images version {INHERITING_VERSION}" in result.stdout
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 

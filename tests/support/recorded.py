@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victim
 
@@ -49,5 +50,9 @@ class Recorded:
 
 def dumped(tool: Tool, victim: Victim, images: Path, recorded: Recorded, **env: str) -> None:
     """Dump a victim with the recorders, and see it end."""
-    tool.dump(victim.pid, images, *recorded.options, env=recorded.env(**env)).expect(0)
-    victim.expect_gone()
+    dump(tool, victim, images, *recorded.options, env=recorded.env(**env))
+
+
+def restored(tool: Tool, images: Path, recorded: Recorded, *options: str) -> None:
+    """Restore it with the recorders, detached."""
+    tool.restore(images, "-d", *options, *recorded.options, env=recorded.env()).expect(0)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from support.tool import Tool
+from support.tool import Outcome, Tool
 from support.victims import Victim
 
 
-def dump(tool: Tool, victim: Victim, images: Path, *options: str) -> None:
+def dump(tool: Tool, victim: Victim, images: Path, *options: str, env: Mapping[str, str] | None = None) -> Outcome:
     """Dump and end the victim; its pids are free afterwards."""
-    tool.dump(victim.pid, images, *options).expect(0)
+    outcome = tool.dump(victim.pid, images, *options, env=env).expect(0)
     victim.expect_gone()
-
-
-def restore(tool: Tool, victim: Victim, images: Path, *options: str) -> None:
-    """Restore it, detached unless ``options`` say otherwise."""
-    tool.restore(images, *(options or ("-d",))).expect(0)
-    victim.generation += 1
+    return outcome
 
 
 def round_trip(tool: Tool, victim: Victim, times: int = 1, *options: str) -> None:
@@ -25,6 +21,6 @@ def round_trip(tool: Tool, victim: Victim, times: int = 1, *options: str) -> Non
     for turn in range(times):
         images = victim.folder.parent / f"{victim.folder.name}.images.{turn}"
         dump(tool, victim, images)
-        restore(tool, victim, images, *options)
+        tool.restore(images, *options).expect(0)
     victim.expect_running()
     victim.finish()

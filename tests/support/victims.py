@@ -53,7 +53,6 @@ class Victim:
     process: subprocess.Popen[bytes] | None
     pid: int
     pids: list[int] = field(default_factory=list)
-    generation: int = 0
 
     @classmethod
     def start(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from support import processes, without_rights
-from support.round_trip import dump, restore
+from support.round_trip import dump
 from support.tool import Outcome, Tool
 from support.tracer import traced
 from support.victims import NOBODY, Victim, Victims
@@ -89,7 +89,7 @@ def test_a_dump_into_an_empty_folder_is_fine(tool: Tool, victims: Victims, folde
     victim = victims.start("idle")
     (folder / "images").mkdir()
     dump(tool, victim, folder / "images")
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -249,7 +249,7 @@ def test_a_damaged_file_of_a_dump_is_named_before_anything_is_created(tool: Tool
             else:
                 assert ".img" in complaint(images) or ".json" in complaint(images), what
             assert processes.state(victim.pid) is None
-    restore(tool, victim, images)
+    tool.restore(images).expect(0)
     victim.finish()
 
 
@@ -327,8 +327,7 @@ def test_a_disk_that_only_takes_memory_without_its_zeros_is_enough(
     tool: Tool, victims: Victims, small_disk: Path
 ) -> None:
     victim = victims.start("zeros")  # 16 MiB of private memory, a third of the one half not zeros; 3 MiB of shared
-    tool.dump(victim.pid, small_disk / "images").expect(0)
-    victim.expect_gone()
+    dump(tool, victim, small_disk / "images")
     tool.restore(small_disk / "images").expect(0)
     victim.finish()
 
@@ -336,7 +335,7 @@ def test_a_disk_that_only_takes_memory_without_its_zeros_is_enough(
 def test_pids_that_are_taken_are_all_named(tool: Tool, victims: Victims, folder: Path, rights: None) -> None:
     victim = victims.start("pipes")
     dump(tool, victim, folder / "images")
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     expect_refusal(tool.restore(folder / "images"), 1, *map(str, victim.pids))
     victim.expect_running()
     victim.finish()
@@ -374,7 +373,7 @@ def test_files_that_changed_or_are_missing_are_all_named(
     for name in ("plain.txt", "append.txt"):
         shutil.copy2(saved / name, victim.folder / name)
     (victim.folder / "some").mkdir(0o750)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -394,7 +393,7 @@ def test_a_changed_program_is_named(tool: Tool, victims: Victims, folder: Path, 
     program.unlink()
     expect_refusal(tool.restore(folder / "images"), 1, str(program))
     (folder / "kept").rename(program)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -439,8 +438,7 @@ def test_ctrl_c_while_a_big_dump_is_written_puts_everything_back(tool: Tool, vic
 
 def test_the_json_of_a_result_is_one_object(tool: Tool, victims: Victims, folder: Path, rights: None) -> None:
     victim = victims.start("pipes")
-    dumped = json.loads(tool.dump(victim.pid, folder / "images", "--json").expect(0).out)
-    victim.expect_gone()
+    dumped = json.loads(dump(tool, victim, folder / "images", "--json").out)
     restored = json.loads(tool.restore(folder / "images", "-d", "--json").expect(0).out)
     assert isinstance(dumped, dict)
     assert restored["root_pid"] == victim.pid

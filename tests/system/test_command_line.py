@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.round_trip import dump, restore
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
 
@@ -25,7 +25,7 @@ def test_a_tree_that_is_left_running_goes_on_and_its_images_can_be_restored(
     victim.expect_running()
     processes.kill(victim.pids)
     victim.expect_gone()
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -74,7 +74,7 @@ def test_a_restore_in_front_of_the_tree_passes_signals_on(tool: Tool, victims: V
 def test_the_pid_file_names_the_root_task(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("pipes")
     dump(tool, victim, folder / "images")
-    restore(tool, victim, folder / "images", "-d", "--pidfile", str(folder / "pid"))
+    tool.restore(folder / "images", "-d", "--pidfile", str(folder / "pid")).expect(0)
     assert int((folder / "pid").read_text()) == victim.pid
     victim.finish()
 
@@ -89,15 +89,14 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(tool: Tool, victims: Vict
     # Only where this command's own vdso lies differs from run to run.
     again = tool.restore(folder / "images", "--dry-run").expect(0).out
     assert re.sub("0x[0-9a-f]+", "", again) == re.sub("0x[0-9a-f]+", "", plan)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
 def test_a_trace_holds_the_stages_of_both_operations(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("idle")
-    tool.dump(victim.pid, folder / "images", "--trace", str(folder / "dump.json")).expect(0)
-    victim.expect_gone()
-    restore(tool, victim, folder / "images", "-d", "--trace", str(folder / "restore.json"))
+    dump(tool, victim, folder / "images", "--trace", str(folder / "dump.json"))
+    tool.restore(folder / "images", "-d", "--trace", str(folder / "restore.json")).expect(0)
     for name in ("dump", "restore"):
         events = json.loads((folder / f"{name}.json").read_text())["traceEvents"]
         assert len([event for event in events if event["ph"] == "X"]) >= 3
@@ -110,7 +109,7 @@ def test_inspect_shows_the_tree_of_a_real_dump(tool: Tool, victims: Victims, fol
     text = tool.run("inspect", folder / "images").expect(0).out
     assert all(str(pid) in text for pid in victim.pids)
     assert isinstance(json.loads(tool.run("inspect", folder / "images", "--json").expect(0).out), dict)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -119,7 +118,7 @@ def test_inspect_shows_the_tree_of_a_real_dump(tool: Tool, victims: Victims, fol
 def test_any_number_of_jobs_restores_the_same(tool: Tool, victims: Victims, folder: Path, how: str, jobs: str) -> None:
     victim = victims.start("cow")
     dump(tool, victim, folder / "images", "--jobs", jobs)
-    restore(tool, victim, folder / "images", "-d", how, "--jobs", jobs)
+    tool.restore(folder / "images", "-d", how, "--jobs", jobs).expect(0)
     victim.finish()
 
 
@@ -143,6 +142,6 @@ def test_a_dump_of_a_tree_that_is_forking_all_the_time_catches_all_of_it(
     tool.dump(victim.pid, folder / "images").expect(0)
     processes.end_all_below()
     victim.expect_gone()
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.expect_running()
     victim.finish()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.round_trip import dump, restore
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
 
@@ -22,7 +22,7 @@ def test_all_kinds_of_memory_come_back(tool: Tool, victims: Victims, folder: Pat
     names = {path.name for path in (folder / "images").iterdir() if path.name.startswith("pages-")}
     suffix = {"l": ".img.lz4", "z": ".img.zst"}[method[0]]
     assert names and all(each.endswith(suffix) for each in names)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.expect_running()
     victim.finish()
 
@@ -30,9 +30,9 @@ def test_all_kinds_of_memory_come_back(tool: Tool, victims: Victims, folder: Pat
 def test_a_serial_restore_and_one_of_a_restored_tree_are_right_too(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("tree")
     dump(tool, victim, folder / "first", "--compress=zstd")
-    restore(tool, victim, folder / "first", "-d", "--serial")
+    tool.restore(folder / "first", "-d", "--serial").expect(0)
     dump(tool, victim, folder / "second", "--compress=lz4", "--jobs=1")
-    restore(tool, victim, folder / "second")
+    tool.restore(folder / "second").expect(0)
     victim.finish()
 
 
@@ -51,12 +51,11 @@ def test_inspect_shows_the_algorithm_and_the_ratio(tool: Tool, victims: Victims,
 def test_a_trace_shows_who_compressed_and_who_decompressed(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("idle", "8")
     images, trace = folder / "images", folder / "trace"
-    outcome = tool.dump(victim.pid, images, "--compress=lz4", "--json", "--trace", trace).expect(0)
-    victim.expect_gone()
+    outcome = dump(tool, victim, images, "--compress=lz4", "--json", "--trace", str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
     moved = sum(event["args"]["bytes"] for event in events if event["name"] == "compress")
     assert moved == json.loads(outcome.out)["memory_bytes"] > 8 << 20
-    restore(tool, victim, images, "-d", "--trace", str(trace))
+    tool.restore(images, "-d", "--trace", str(trace)).expect(0)
     assert "decompress" in {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     victim.finish()
 
@@ -93,7 +92,7 @@ def test_a_damaged_chunk_ends_a_restore_that_trusts_the_images(tool: Tool, victi
     victim.expect_gone()
     content[60] ^= 0xFF
     path.write_bytes(content)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -103,7 +102,7 @@ def test_a_lazy_restore_of_compressed_pages_is_refused_in_words(tool: Tool, vict
     line = tool.restore(folder / "images", "-d", "--lazy").expect(1).one_line()
     assert "compressed pages cannot be restored lazily" in line
     victim.expect_gone()
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 

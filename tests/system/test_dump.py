@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.round_trip import restore
 from support.tool import Tool
 from support.victims import Victims
 
@@ -29,7 +28,7 @@ def test_zeros_are_left_out_and_come_back(tool: Tool, victims: Victims, options:
     events = json.loads(trace.read_text())["traceEvents"]
     written = sum(event["args"]["bytes"] for event in events if event["name"] == "write")
     assert 8 * MIB < written < result["memory_bytes"]  # by threads that each have a track
-    restore(tool, victim, images, "-d", "--verify")
+    tool.restore(images, "-d", "--verify").expect(0)
     victim.expect_running()
     victim.finish()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.round_trip import dump, restore, round_trip
+from support.round_trip import dump, round_trip
 from support.tool import Tool
 from support.victims import Victim, Victims
 
@@ -41,7 +41,7 @@ def test_dense_memory_between_pages_of_the_parent_comes_in_small_pages(
     root, child = victim.pids
     assert f"task {child}: cloned by task {root} when its memory is in place" in said
     assert not re.search(rf"^task {child}: \d+ of them into huge pages", said, re.MULTILINE)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -58,7 +58,7 @@ def test_memory_is_stored_once_and_shared_again(tool: Tool, victims: Victims, fo
         summary = summarize(images)
         assert summary.stored_bytes < 80 * MIB
         assert sum(task.inherited_bytes > 50 * MIB for task in summary.tasks) == len(victim.pids) - 1
-        restore(tool, victim, images)
+        tool.restore(images).expect(0)
         assert proportional_bytes(victim) < before * 1.05
     victim.expect_running()
     victim.finish()
@@ -70,7 +70,7 @@ def test_what_only_siblings_share_is_shared_again(tool: Tool, victims: Victims, 
     before = proportional_bytes(victim)
     dump(tool, victim, folder / "images")
     assert summarize(folder / "images").stored_bytes < before * 1.1
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     assert proportional_bytes(victim) < before * 1.05
     victim.finish()
 
@@ -79,7 +79,7 @@ def test_compressed_images_share_the_same(tool: Tool, victims: Victims, folder: 
     victim = victims.start("heirs")
     before = proportional_bytes(victim)
     dump(tool, victim, folder / "images", "--compress", "lz4")
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     assert proportional_bytes(victim) < before * 1.05
     victim.finish()
 
@@ -90,7 +90,7 @@ def test_copies_are_stored_for_criu(tool: Tool, victims: Victims, folder: Path) 
     summary = summarize(folder / "images")
     assert summary.stored_bytes > 3 * 8 * MIB * 0.9
     assert not list((folder / "images").glob("inherited-*"))
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -115,5 +115,5 @@ def test_a_restore_that_ends_while_some_are_born_and_some_are_not_leaves_nobody(
     outcome = tool.restore(folder / "images", env={"GPURESTORE_FAULT": f"restore.memory:{action}"})
     assert outcome.code != 0
     processes.wait_gone(victim.pids)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()

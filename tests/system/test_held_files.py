@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.round_trip import dump, restore, round_trip
+from support.round_trip import dump, round_trip
 from support.tool import Tool
 from support.victims import Victims
 
@@ -21,7 +21,7 @@ def test_shared_memory_that_was_lost_in_between_is_put_back(tool: Tool, victims:
     victim = victims.start("held")
     dump(tool, victim, folder / "images")
     os.unlink(f"/dev/shm/gpurestore-held-{victim.pid}")
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.expect_running()
     victim.finish()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import processes
 from support.faults import DUMP_POINTS, RESTORE_POINTS
-from support.round_trip import dump, restore
+from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
 
@@ -65,7 +65,7 @@ def test_a_dump_killed_at_any_stage_leaves_the_tree_running(
     assert siblings(folder, images) == [], "a dead tool's temporary folder was not cleared away"
     processes.kill(victim.pids)
     victim.expect_gone()
-    restore(tool, victim, images)
+    tool.restore(images).expect(0)
     victim.finish()
 
 
@@ -93,7 +93,7 @@ def test_a_restore_killed_at_any_stage_leaves_nothing_behind(
         outcome = tool.restore(folder / "images", env=fault(point, "kill"))
         assert outcome.code == -signal.SIGKILL, f"the fault point was not passed\n{outcome}"
         processes.wait_gone(victim.pids)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -107,7 +107,7 @@ def test_a_restore_that_fails_at_any_stage_leaves_nothing_behind(
         outcome = tool.restore(folder / "images", env=fault(point, "fail")).expect(1)
         assert point in outcome.one_line()
         processes.wait_gone(victim.pids)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -133,7 +133,7 @@ def test_ctrl_c_at_any_stage_of_a_restore_is_undone_or_too_late(tool: Tool, vict
             victim.expect_running()
             processes.kill(victim.pids)
         processes.wait_gone(victim.pids)
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     victim.finish()
 
 
@@ -182,5 +182,5 @@ def test_a_restore_that_is_hit_at_random_moments_is_whole_or_gone(
             victim.expect_running()
     processes.kill(victim.pids)
     processes.wait_gone(victim.pids)
-    restore(tool, victim, images)
+    tool.restore(images).expect(0)
     victim.finish()

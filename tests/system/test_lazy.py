@@ -29,7 +29,6 @@ HANDLER, KEEPER = "gr-lazy-handler", "gr-lazy-keeper"
 def restore_lazily(tool: Tool, victim: Victim, images: Path, *options: str | Path) -> dict[str, int]:
     """Restore and return what the command says of the fill."""
     outcome = tool.run("restore", "-D", images, "-d", "--lazy", "--json", *options).expect(0)
-    victim.generation += 1
     lazy: dict[str, int] = json.loads(outcome.out)["lazy"]
     return lazy
 

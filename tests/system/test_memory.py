@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from support.round_trip import dump, restore, round_trip
+from support.round_trip import dump, round_trip
 from support.tool import Tool
 from support.victims import Victim, Victims
 
@@ -61,7 +61,7 @@ def test_huge_pages_come_back_as_asked_and_mappings_as_they_were(
     before = huge_mib(victim)
     images = victim.folder.parent / "images"
     dump(tool, victim, images, *options)
-    restore(tool, victim, images, "-d", f"--hugepages={choice}")
+    tool.restore(images, "-d", f"--hugepages={choice}").expect(0)
     after = huge_mib(victim)
     if choice == "auto":
         dense = {
@@ -92,7 +92,7 @@ def test_images_that_are_not_cached_are_read_past_the_cache(tool: Tool, victims:
             pytest.skip(f"the file system of {images} has no O_DIRECT")
         os.fsync(source.fd)
         os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    restore(tool, victim, images, "-d", f"--trace={trace}")
+    tool.restore(images, "-d", f"--trace={trace}").expect(0)
     (span,) = (event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "memory")
     assert span["args"]["direct_bytes"] >= 64 << 20
     victim.finish()

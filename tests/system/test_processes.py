@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import state, wait_until
-from support.round_trip import dump, restore, round_trip
+from support.round_trip import dump, round_trip
 from support.tool import Tool
 from support.victims import NOBODY, Victims
 
@@ -37,7 +37,7 @@ def test_a_tree_that_was_stopped_comes_back_stopped_and_goes_on(tool: Tool, vict
     wait_until(lambda: state(victim.pid) == "T", "the victim is stopped")
     dump(tool, victim, folder / "images")
     beats = victim.beats()
-    restore(tool, victim, folder / "images")
+    tool.restore(folder / "images").expect(0)
     wait_until(lambda: state(victim.pid) == "T", "the tree stops again")  # the signal has to reach it
     assert victim.beats() == beats
     os.kill(victim.pid, signal.SIGCONT)
