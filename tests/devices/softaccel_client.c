@@ -1,18 +1,9 @@
 /* Uses the C client of the software accelerator (a stand-in for hardware) for one of everything; "fine" at the end. */
-#include "softaccel.h"
+#include "softaccel_do.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define DO(call)                                                                              \
-	do {                                                                                  \
-		int result = (call);                                                          \
-		if (result) {                                                                 \
-			fprintf(stderr, "%s: %d %s\n", #call, result, sa_error(context));     \
-			return 1;                                                             \
-		}                                                                             \
-	} while (0)
 
 int main(int argc, char **argv)
 {

@@ -4,22 +4,13 @@
  * FOLDER/progress.0, and in the end compares what it has with what it must have: FOLDER/done.0 says "right".
  */
 #define _GNU_SOURCE
-#include "softaccel.h"
+#include "softaccel_do.h"
 
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#define DO(call)                                                                          \
-	do {                                                                              \
-		int result = (call);                                                      \
-		if (result) {                                                             \
-			fprintf(stderr, "%s: %d %s\n", #call, result, sa_error(context)); \
-			return 1;                                                         \
-		}                                                                         \
-	} while (0)
 
 enum { NR = 1000, BALLAST_BYTES = 1 << 20 };
 

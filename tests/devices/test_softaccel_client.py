@@ -15,15 +15,13 @@ from pathlib import Path
 
 import pytest
 from support.processes import wait_until
-from support.softaccel import RunningServer, fault, server
+from support.softaccel import RunningServer, compile_with_client, fault, server
 from support.victims import have_compiler
 
 from gpurestore.devplugins.softaccel import for_kernel
 from gpurestore.devplugins.softaccel.client import Context, DeviceBuffer, DeviceLostError, SoftaccelError
 from gpurestore.devplugins.softaccel.protocol import Kernel, Type
 
-HERE = Path(__file__).parent
-FOLDER = HERE.parent.parent / "devplugins" / "softaccel"
 MIB = 1 << 20
 
 
@@ -322,10 +320,7 @@ def test_a_server_on_a_path_replaces_the_socket_of_a_dead_one(tmp_path: Path) ->
 @pytest.mark.skipif(not have_compiler(), reason="no gcc to compile the C client with")
 def test_the_c_client_does_the_same(shared: RunningServer, tmp_path: Path) -> None:
     pytest.importorskip("numpy")
-    program = tmp_path / "client"
-    sources = [str(HERE / "softaccel_client.c"), str(FOLDER / "softaccel.c")]
-    flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{FOLDER}"]
-    subprocess.run(["gcc", *flags, "-o", str(program), *sources], check=True)
+    program = compile_with_client("softaccel_client", tmp_path / "client")
     result = subprocess.run([str(program), shared.address], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (0, "fine\n"), result.stderr
     result = subprocess.run([str(program), "@softaccel-nobody"], capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.softaccel import RunningServer, fault, server
+from support.softaccel import RunningServer, compile_with_client, fault, server
 from support.tool import Tool
 
 from gpurestore.devplugins.softaccel.client import Context
@@ -24,8 +24,6 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
-HERE = Path(__file__).parent
-CLIENT = HERE.parents[1] / "devplugins" / "softaccel"
 # Adds 1 to numbers on the device, in every way in which a client can wait, and says how far it is.
 JOB = """
 import os, sys
@@ -131,10 +129,7 @@ class JobInC(Job):
     """The same in C, with the C client."""
 
     def command(self, where: str) -> list[str]:
-        program = self.folder / "job"
-        sources = [str(HERE / "softaccel_job.c"), str(CLIENT / "softaccel.c")]
-        flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{CLIENT}"]
-        subprocess.run(["gcc", *flags, "-o", str(program), *sources], check=True)
+        program = compile_with_client("softaccel_job", self.folder / "job")
         return [str(program), where, str(self.folder), str(self.steps)]
 
 

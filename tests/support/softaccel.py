@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpurestore.devplugins import softaccel
 from gpurestore.devplugins.api import HookContext, Stage
 from gpurestore.devplugins.softaccel import for_kernel
 from gpurestore.devplugins.softaccel.client import Context, Page
 from gpurestore.devplugins.softaccel.plugin import SoftaccelPlugin
+
+SOURCES = Path(__file__).parents[1] / "devices"
 
 
 @dataclass
@@ -115,6 +118,15 @@ def move(context: Context, plugin: SoftaccelPlugin, ident: int, page_path: str) 
 def page_path(context: Context) -> str:
     """What the kernel shows as the path of a context's doorbell page."""
     return f"/memfd:softaccel-doorbell-{context.uid:016x} (deleted)"
+
+
+def compile_with_client(name: str, target: Path) -> Path:
+    """Build tests/devices/NAME.c together with the C client, warnings being errors."""
+    client = Path(softaccel.__file__).parent
+    flags = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{client}"]
+    sources = [SOURCES / f"{name}.c", client / "softaccel.c"]
+    subprocess.run(["gcc", *flags, "-o", target, *sources], check=True)
+    return target
 
 
 def fault(running: RunningServer, spec: str) -> None:

@@ -8,11 +8,11 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "given_back.h"
+#include "task_state.h"
 
 int add_inventory_plugin(const char *name);
 
@@ -27,22 +27,6 @@ int cr_plugin_checkpoint_devices(int pid);
 int cr_plugin_restore_init(void);
 int cr_plugin_post_forking(void);
 int cr_plugin_resume_devices_late(int pid);
-
-static const char words[] = "given back";
-
-static char state_of(int pid)
-{
-	char path[64], text[512] = "", *end;
-	FILE *file;
-
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	file = fopen(path, "re");
-	if (!file)
-		return '-';
-	end = fgets(text, sizeof(text), file) ? strrchr(text, ')') : NULL;
-	fclose(file);
-	return end && end[1] ? end[2] : '-';
-}
 
 static int record(const char *hook, int pid)
 {
@@ -78,12 +62,8 @@ int cr_plugin_dump_unix_sk(int fd, int id)
 
 int cr_plugin_restore_unix_sk(int id)
 {
-	static int pair[2]; /* the other end stays open here until the end */
-
 	(void)id;
-	if (record("restore_unix_sk", 0) || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
-		return -errno;
-	return send(pair[0], words, sizeof(words), 0) == sizeof(words) ? pair[1] : -EIO;
+	return record("restore_unix_sk", 0) ?: given_socket();
 }
 
 int cr_plugin_handle_device_vma(int fd, const struct stat *stat)
@@ -94,14 +74,10 @@ int cr_plugin_handle_device_vma(int fd, const struct stat *stat)
 
 int cr_plugin_update_vma_map(const char *path, uint64_t addr, uint64_t old_pgoff, uint64_t *new_pgoff, int *plugin_fd)
 {
-	int fd = memfd_create("new-page", MFD_CLOEXEC);
-
 	(void)path, (void)addr, (void)old_pgoff;
-	if (fd < 0 || ftruncate(fd, 4096) < 0 || pwrite(fd, words, sizeof(words), 0) != sizeof(words))
-		return -EIO;
 	*new_pgoff = 0;
-	*plugin_fd = fd;
-	return record("update_vma_map", 0) ? -EIO : 1;
+	*plugin_fd = given_page();
+	return record("update_vma_map", 0) || *plugin_fd < 0 ? -EIO : 1;
 }
 
 int cr_plugin_pause_devices(int pid)

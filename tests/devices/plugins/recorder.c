@@ -15,6 +15,8 @@
 
 #include <gpurestore-plugin.h>
 
+#include "task_state.h"
+
 #ifndef NAME
 #define NAME "recorder"
 #endif
@@ -60,21 +62,6 @@ static void record(const char *format, ...)
 		print_on_level(1, "cannot write to %s\n", to);
 	if (fd >= 0)
 		close(fd);
-}
-
-/* R, S, t, T ... as /proc/PID/stat says, or - where there is no such task. */
-static char state_of(int pid)
-{
-	char path[64], text[512] = "", *end;
-	FILE *file;
-
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	file = fopen(path, "re");
-	if (!file)
-		return '-';
-	end = fgets(text, sizeof(text), file) ? strrchr(text, ')') : NULL;
-	fclose(file);
-	return end && end[1] ? end[2] : '-';
 }
 
 static int answer(const char *hook)

@@ -1,0 +1,18 @@
+/* DO(call): a call of the C client that must succeed in main(), about its variable context. */
+#ifndef SOFTACCEL_DO_H
+#define SOFTACCEL_DO_H
+
+#include "softaccel.h"
+
+#include <stdio.h>
+
+#define DO(call)                                                                          \
+	do {                                                                              \
+		int result = (call);                                                      \
+		if (result) {                                                             \
+			fprintf(stderr, "%s: %d %s\n", #call, result, sa_error(context)); \
+			return 1;                                                         \
+		}                                                                         \
+	} while (0)
+
+#endif
