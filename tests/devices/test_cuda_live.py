@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_cuda import GPU_A, GPU_B, FakeCuda, build, go, plain, wait_for
-from support.processes import become_subreaper
+from support.fake_cuda import GPU_A, GPU_B, FakeCuda, build, driver_of, go, plain, wait_for
 from support.tool import Tool
 from support.victims import Compiler
 
@@ -25,12 +24,8 @@ STEPS = 300
 
 @pytest.fixture
 def fake(compiler: Compiler, folder: Path, tool: Tool) -> Iterator[FakeCuda]:
-    become_subreaper()
-    machine = FakeCuda(build(compiler.folder), folder / "driver")
-    machine.folder.mkdir()
-    tool.env = {"FAKE_CUDA_DIR": str(machine.folder), "GPURESTORE_LIBCUDA": str(machine.library)}
-    yield machine
-    machine.end()
+    with driver_of(tool, build(compiler.folder), folder / "driver") as machine:
+        yield machine
 
 
 def undisturbed(fake: FakeCuda, folder: Path) -> str:
@@ -38,6 +33,12 @@ def undisturbed(fake: FakeCuda, folder: Path) -> str:
     fake.start(steps=STEPS, ms=0, out=folder / "undisturbed")
     assert fake.processes[-1].wait(30) == 0
     return (folder / "undisturbed").read_text()
+
+
+def dump(fake: FakeCuda, tool: Tool, pid: int, images: Path) -> None:
+    """Dump the process that was started last, or the tree below it, and see it end."""
+    tool.dump(pid, images).expect(0)
+    fake.processes.pop().wait()
 
 
 def successful(fake: FakeCuda, pid: int) -> list[str]:
@@ -50,8 +51,7 @@ def test_a_job_that_was_dumped_and_restored_ends_with_the_same_result(
 ) -> None:
     expected, out = undisturbed(fake, folder), folder / "out"
     pid = fake.start(steps=STEPS, ms=1, out=out, wait=True)
-    tool.dump(pid, folder / "images").expect(0)
-    fake.processes.pop().wait()
+    dump(fake, tool, pid, folder / "images")
     assert not (fake.folder / f"{pid}.device").exists(), "the device is free"
     go(out)
     tool.restore(folder / "images", how).expect(0)
@@ -63,8 +63,7 @@ def test_a_tree_of_several_such_processes_and_one_that_is_none(fake: FakeCuda, t
     outs = [folder / f"out-{i}" for i in range(3)]
     root = fake.start_tree(*outs, steps=STEPS)
     pids = sorted(int(path.stem) for path in fake.folder.glob("*.state"))
-    tool.dump(root, folder / "images").expect(0)
-    fake.processes.pop().wait()
+    dump(fake, tool, root, folder / "images")
     for pid in pids:
         os.waitpid(pid, 0)  # orphans come to us
     assert sorted(pid for _, pid, _ in fake.calls("checkpoint")) == pids
@@ -78,8 +77,7 @@ def test_a_tree_of_several_such_processes_and_one_that_is_none(fake: FakeCuda, t
 
 def test_only_the_restore_thread_runs_while_the_driver_works(fake: FakeCuda, tool: Tool, folder: Path) -> None:
     pid = fake.start(steps=STEPS, ms=1, wait=True)
-    tool.dump(pid, folder / "images").expect(0)
-    fake.processes.pop().wait()
+    dump(fake, tool, pid, folder / "images")
     go(fake.folder / "result-0")
     tool.restore(folder / "images", "--parallel").expect(0)
     frozen = [line[3:5] for line in fake.lines() if line[1] == str(pid) and line[0] in ("checkpoint", "restore")]
@@ -143,8 +141,7 @@ def test_a_restore_that_the_driver_refuses_leaves_nothing_and_can_be_repeated(
 ) -> None:
     expected, out = undisturbed(fake, folder), folder / "out"
     pid = fake.start(steps=STEPS, ms=1, out=out, wait=True)
-    tool.dump(pid, folder / "images").expect(0)
-    fake.processes.pop().wait()
+    dump(fake, tool, pid, folder / "images")
     dumped = (fake.folder / f"{pid}.state").read_text()
     outcome = tool.restore(folder / "images", env={"FAKE_CUDA_FAIL": f"{call}:2"}).expect(1)
     assert f"cuCheckpointProcess{call.title()}" in outcome.err
@@ -160,8 +157,7 @@ def test_a_restore_that_the_driver_refuses_leaves_nothing_and_can_be_repeated(
 def test_a_restore_can_be_told_to_use_another_gpu(fake: FakeCuda, tool: Tool, folder: Path) -> None:
     expected, out = undisturbed(fake, folder), folder / "out"
     pid = fake.start(gpu=GPU_A, steps=STEPS, ms=1, out=out, wait=True)
-    tool.dump(pid, folder / "images").expect(0)
-    fake.processes.pop().wait()
+    dump(fake, tool, pid, folder / "images")
     go(out)
     here = {"FAKE_CUDA_GPUS": plain(GPU_B)}
     outcome = tool.restore(folder / "images", "--parallel", "--gpu-map", f"{GPU_A}={GPU_B}", env=here)
@@ -182,8 +178,7 @@ def test_an_option_that_the_plugin_does_not_know_fails_before_anything(
 
 def test_images_of_cuda_are_refused_where_there_is_none(fake: FakeCuda, tool: Tool, folder: Path) -> None:
     pid = fake.start(steps=STEPS, ms=1, wait=True)
-    tool.dump(pid, folder / "images").expect(0)
-    fake.processes.pop().wait()
+    dump(fake, tool, pid, folder / "images")
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is an NVIDIA device here")
     tool.env = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cuda_host import Host, dump, restore, run, use_nvml
+from support.cuda_host import Host, driver_here, dump, restore, run, use_nvml
 from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, FakeNvml, build, plain, process, wait_for
 from support.victims import Compiler
 
@@ -25,15 +25,8 @@ RUNNING, LOCKED, CHECKPOINTED, FAILED = "0", "1", "2", "3"
 
 @pytest.fixture
 def fake(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    folder = tmp_path / "driver"
-    folder.mkdir()
-    monkeypatch.setenv("FAKE_CUDA_DIR", str(folder))
-    use_nvml(monkeypatch, FakeNvml(FakeGpu(GPU_A)))
-    driver_module.load.cache_clear()
-    machine = FakeCuda(build(compiler.folder), folder)
-    yield machine
-    machine.end()
-    driver_module.load.cache_clear()
+    with driver_here(build(compiler.folder), tmp_path / "driver", monkeypatch, FakeGpu(GPU_A)) as machine:
+        yield machine
 
 
 @pytest.fixture

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cuda_host import Host, dump, restore, run, use_nvml
-from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, FakeNvml, build, go, plain, wait_for
-from support.processes import become_subreaper
+from support.cuda_host import Host, driver_here, dump, restore, run
+from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, build, driver_of, go, plain, wait_for
 from support.tool import Tool
 from support.victims import Compiler
 
 from gpurestore.devplugins.api import Stage
-from gpurestore.devplugins.cuda import driver as driver_module
 from gpurestore.devplugins.cuda import storage as storage_module
 from gpurestore.errors import (
     CancelledError,
@@ -35,16 +33,10 @@ CUSTOM = ("--plugin-option", "cuda.storage=custom")
 
 @pytest.fixture
 def fake(compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    folder = tmp_path / "driver"
-    folder.mkdir()
-    monkeypatch.setenv("FAKE_CUDA_DIR", str(folder))
     monkeypatch.setattr(storage_module, "CHUNK_BYTES", 1024)  # a device of the fake has 4096 bytes
-    use_nvml(monkeypatch, FakeNvml(FakeGpu(GPU_A), FakeGpu(GPU_B, minor=1)))
-    driver_module.load.cache_clear()
-    machine = FakeCuda(build(compiler.folder, 13040), folder)
-    yield machine
-    machine.end()
-    driver_module.load.cache_clear()
+    gpus = (FakeGpu(GPU_A), FakeGpu(GPU_B, minor=1))
+    with driver_here(build(compiler.folder, 13040), tmp_path / "driver", monkeypatch, *gpus) as machine:
+        yield machine
 
 
 @pytest.fixture
@@ -184,17 +176,17 @@ def test_a_refused_call_is_an_error_that_names_it(
 @pytest.mark.parametrize(
     "regions",
     [
-        '[{"gpu": "GPU-1", "bytes": 4096}]',
-        '[{"gpu": "%s", "bytes": -1}]' % GPU_A,  # noqa: UP031 - braces are JSON's
-        '[{"gpu": "%s", "bytes": 1}, {"gpu": "%s", "bytes": 1}]' % (GPU_A, GPU_A),  # noqa: UP031
-        '[{"gpu": "%s"}]' % GPU_A,  # noqa: UP031
-        "[7]",
+        [{"gpu": "GPU-1", "bytes": 4096}],
+        [{"gpu": GPU_A, "bytes": -1}],
+        [{"gpu": GPU_A, "bytes": 1}, {"gpu": GPU_A, "bytes": 1}],
+        [{"gpu": GPU_A}],
+        [7],
     ],
 )
-def test_odd_regions_are_refused_at_once(fake: FakeCuda, host: Host, regions: str) -> None:
+def test_odd_regions_are_refused_at_once(fake: FakeCuda, host: Host, regions: list[Any]) -> None:
     run(dump, host.plugin(Stage.DUMP, storage="custom"), fake.start())
     document = facts(host)
-    document["tasks"][0]["regions"] = json.loads(regions)
+    document["tasks"][0]["regions"] = regions
     (host.images / "cuda.json").write_text(json.dumps(document))
     with pytest.raises(ImageError, match=r"cuda\.json: .*regions"):
         host.plugin(Stage.RESTORE)
@@ -247,11 +239,7 @@ def test_without_being_asked_for_it_content_goes_the_drivers_way(fake: FakeCuda,
 @pytest.mark.usefixtures("rights")
 @pytest.mark.parametrize("how", ["kill", "leave running", "fail"])
 def test_a_live_job_goes_on_with_the_same_result(compiler: Compiler, tool: Tool, folder: Path, how: str) -> None:
-    become_subreaper()
-    fake = FakeCuda(build(compiler.folder, 13040), folder / "driver")
-    fake.folder.mkdir()
-    tool.env = {"FAKE_CUDA_DIR": str(fake.folder), "GPURESTORE_LIBCUDA": str(fake.library)}
-    try:
+    with driver_of(tool, build(compiler.folder, 13040), folder / "driver") as fake:
         expected, out = expected_result(fake, folder), folder / "out"
         pid = fake.start(steps=STEPS, ms=1, out=out, wait=True)
         options = (*CUSTOM, *(["-R"] if how == "leave running" else []))
@@ -269,5 +257,3 @@ def test_a_live_job_goes_on_with_the_same_result(compiler: Compiler, tool: Tool,
         assert out.read_text() == expected
         running = {tuple(line[3:5]) for line in fake.lines() if line[0] == "complete"}
         assert ("running=1", "stopped=1") in running, "only the driver's thread runs while it works"
-    finally:
-        fake.end()

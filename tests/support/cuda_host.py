@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,28 @@ import pytest
 import trio
 
 from gpurestore.devplugins.api import HookContext, Stage
-from gpurestore.devplugins.cuda import nvml
+from gpurestore.devplugins.cuda import driver, nvml
 from gpurestore.devplugins.cuda.plugin import CudaPlugin
 from gpurestore.errors import NeedsPersonError
-from support.fake_cuda import FakeCuda, FakeNvml
+from support.fake_cuda import FakeCuda, FakeGpu, FakeNvml
 
 
 def use_nvml(monkeypatch: pytest.MonkeyPatch, module: FakeNvml) -> None:
     """Let the plugin find ``module`` for NVML."""
     monkeypatch.setattr(nvml, "_pynvml", lambda: module)
+
+
+@contextmanager
+def driver_here(library: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *gpus: FakeGpu) -> Iterator[FakeCuda]:
+    """The fake driver for plugins of this process, with NVML that shows ``gpus``; whoever computes is ended."""
+    folder.mkdir()
+    monkeypatch.setenv("FAKE_CUDA_DIR", str(folder))
+    use_nvml(monkeypatch, FakeNvml(*gpus))
+    driver.load.cache_clear()
+    machine = FakeCuda(library, folder)
+    yield machine
+    machine.end()
+    driver.load.cache_clear()
 
 
 class Host:

@@ -6,10 +6,15 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from support.processes import become_subreaper
+from support.tool import Tool
 
 SOURCES = Path(__file__).parent.parent / "devices"
 GPU_A = "GPU-aaaaaaaa-0000-1111-2222-333333333333"
@@ -111,6 +116,17 @@ class FakeCuda:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def driver_of(tool: Tool, library: Path, folder: Path) -> Iterator[FakeCuda]:
+    """The fake driver for what ``tool`` dumps and restores; whoever computes is ended."""
+    become_subreaper()
+    folder.mkdir()
+    tool.env = {"FAKE_CUDA_DIR": str(folder), "GPURESTORE_LIBCUDA": str(library)}
+    machine = FakeCuda(library, folder)
+    yield machine
+    machine.end()
 
 
 def go(out: Path) -> None:
