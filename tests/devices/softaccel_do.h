@@ -1,4 +1,4 @@
-/* DO(call): a call of the C client that must succeed in main(), about its variable context. */
+/* DO(call): a call of the C client that must succeed, in a function with a variable context; it returns 1 if not. */
 #ifndef SOFTACCEL_DO_H
 #define SOFTACCEL_DO_H
 

@@ -17,6 +17,11 @@ enum { NR = 1000, BALLAST_BYTES = 1 << 20 };
 static double ones[NR], sums[NR];
 static unsigned char ballast[BALLAST_BYTES], back[BALLAST_BYTES];
 
+/* Addresses on the device, and what orders the work there. */
+struct device {
+	uint64_t ones, sums, ballast, stream, event;
+};
+
 static int progress_file(const char *folder, const char *name)
 {
 	char path[4096];
@@ -25,50 +30,45 @@ static int progress_file(const char *folder, const char *name)
 	return open(path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600);
 }
 
-int main(int argc, char **argv)
+static int prepare(struct sa_context *context, struct device *device)
 {
-	char error[SA_ERROR_BYTES] = "";
-	struct sa_context *context;
-	uint64_t d_ones, d_sums, d_ballast, stream, event, number;
-	int steps, progress, done;
-
-	if (argc < 4 || sa_open(argv[1], 0, &context, error)) {
-		fprintf(stderr, "%s\n", error);
-		return 2;
-	}
-	steps = atoi(argv[3]);
-	progress = progress_file(argv[2], "progress.0");
 	for (int i = 0; i < NR; i++)
 		ones[i] = 1;
 	for (int i = 0; i < BALLAST_BYTES; i++)
 		ballast[i] = (unsigned char)(i * 2654435761u >> 24);
-	DO(sa_alloc(context, sizeof(ones), &d_ones));
-	DO(sa_alloc(context, sizeof(sums), &d_sums));
-	DO(sa_alloc(context, sizeof(ballast), &d_ballast));
-	DO(sa_stream_create(context, &stream));
-	DO(sa_event_create(context, &event));
-	DO(sa_copy_in(context, 0, d_ones, ones, sizeof(ones), NULL));
-	DO(sa_copy_in(context, 0, d_sums, sums, sizeof(sums), NULL));
-	DO(sa_copy_in(context, 0, d_ballast, ballast, sizeof(ballast), NULL));
+	DO(sa_alloc(context, sizeof(ones), &device->ones));
+	DO(sa_alloc(context, sizeof(sums), &device->sums));
+	DO(sa_alloc(context, sizeof(ballast), &device->ballast));
+	DO(sa_stream_create(context, &device->stream));
+	DO(sa_event_create(context, &device->event));
+	DO(sa_copy_in(context, 0, device->ones, ones, sizeof(ones), NULL));
+	DO(sa_copy_in(context, 0, device->sums, sums, sizeof(sums), NULL));
+	DO(sa_copy_in(context, 0, device->ballast, ballast, sizeof(ballast), NULL));
 	DO(sa_wait(context, SA_ALL_STREAMS));
-	for (int step = 0; step < steps; step++) {
-		uint64_t busy[1] = { 2000000 }, axpy[4] = { d_sums, d_ones, NR, sa_double(1.0) };
+	return 0;
+}
 
-		DO(sa_launch(context, stream, SA_BUSY, SA_FLOAT64, busy, 1, NULL));
-		DO(sa_launch(context, stream, SA_AXPY, SA_FLOAT64, axpy, 4, &number));
-		DO(sa_event_record(context, stream, event));
-		if (step % 3 == 0)
-			DO(sa_wait(context, SA_ALL_STREAMS));
-		else if (step % 3 == 1)
-			DO(sa_event_wait(context, event));
-		else
-			while (sa_completed(context, stream) < number && !sa_lost(context))
-				;
-		if (write(progress, "\n", 1) != 1)
-			return 3;
-	}
-	DO(sa_copy_out(context, 0, sums, d_sums, sizeof(sums), NULL));
-	DO(sa_copy_out(context, 0, back, d_ballast, sizeof(back), NULL));
+static int do_step(struct sa_context *context, const struct device *device, int step)
+{
+	uint64_t busy[1] = { 2000000 }, axpy[4] = { device->sums, device->ones, NR, sa_double(1.0) }, number;
+
+	DO(sa_launch(context, device->stream, SA_BUSY, SA_FLOAT64, busy, 1, NULL));
+	DO(sa_launch(context, device->stream, SA_AXPY, SA_FLOAT64, axpy, 4, &number));
+	DO(sa_event_record(context, device->stream, device->event));
+	if (step % 3 == 0)
+		DO(sa_wait(context, SA_ALL_STREAMS));
+	else if (step % 3 == 1)
+		DO(sa_event_wait(context, device->event));
+	else
+		while (sa_completed(context, device->stream) < number && !sa_lost(context))
+			;
+	return 0;
+}
+
+static int check_results(struct sa_context *context, const struct device *device, int steps)
+{
+	DO(sa_copy_out(context, 0, sums, device->sums, sizeof(sums), NULL));
+	DO(sa_copy_out(context, 0, back, device->ballast, sizeof(back), NULL));
 	DO(sa_wait(context, SA_ALL_STREAMS));
 	for (int i = 0; i < NR; i++) {
 		if (sums[i] != steps) {
@@ -80,6 +80,32 @@ int main(int argc, char **argv)
 		fputs("the ballast has changed\n", stderr);
 		return 1;
 	}
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	char error[SA_ERROR_BYTES] = "";
+	struct sa_context *context;
+	struct device device;
+	int steps, progress, done;
+
+	if (argc < 4 || sa_open(argv[1], 0, &context, error)) {
+		fprintf(stderr, "%s\n", error);
+		return 2;
+	}
+	steps = atoi(argv[3]);
+	progress = progress_file(argv[2], "progress.0");
+	if (prepare(context, &device))
+		return 1;
+	for (int step = 0; step < steps; step++) {
+		if (do_step(context, &device, step))
+			return 1;
+		if (write(progress, "\n", 1) != 1)
+			return 3;
+	}
+	if (check_results(context, &device, steps))
+		return 1;
 	sa_close(context);
 	done = progress_file(argv[2], "done.0");
 	return write(done, "right", 5) == 5 ? 0 : 3;

@@ -1,4 +1,4 @@
-"""The fake CUDA driver (tests/devices/fake_libcuda.c), programs that use it, and a fake NVML."""
+"""The fake CUDA driver (tests/devices/fake_libcuda), programs that use it, and a fake NVML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build(folder: Path, version: int = 13000) -> Path:
         folder.mkdir(parents=True)
         flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-mno-red-zone"]
         shared = [*flags, "-shared", "-fPIC", "-fvisibility=hidden", f"-DVERSION={version}"]
-        _compile([*shared, "-o", library, SOURCES / "fake_libcuda.c"])
+        _compile([*shared, "-o", library, *sorted((SOURCES / "fake_libcuda").glob("*.c"))])
         program = [SOURCES / "cuda_victim.c", library, f"-Wl,-rpath,{folder}"]
         _compile([*flags, "-o", folder / "victim", *program])
     return library
