@@ -8,7 +8,8 @@ copies sleep as long as a DMA engine of the configured bandwidth would work.
 
     protocol.py    messages and the doorbell page, as they lie in memory
     client.py      the client library (softaccel.h and softaccel.c are the same for C)
-    server.py      connections;  context.py, device.py, kernels.py: what runs behind them
+    server.py      connections;  context.py: what a client has on a device, made of memory.py and streams.py;
+                   device.py, kernels.py: what moves and what computes
     control.py     the door for tools: hold, checkpoint, restore, inject faults;  image.py: the file format
     plugin.py      the device plugin of gpurestore
 """

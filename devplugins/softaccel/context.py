@@ -1,14 +1,14 @@
-"""A context of the software accelerator (a stand-in for hardware): buffers, streams, events, and their life.
+"""A context of the software accelerator (a stand-in for hardware): memory, streams, events, and their life.
 
-A context lives as long as its client's connection. One lock (``changed``) guards everything in it; commands run outside
-of it, one thread a stream. While the context is *held* nothing new begins: then all there is to it can be written down
-(``state``) and put in place elsewhere (``load_state``). What was asked and not answered is asked again on release.
+A context lives as long as its client's connection. One lock (``changed``) guards all in it but the memory, which has
+its own; commands run outside of it, one thread a stream. While the context is *held* nothing new begins: then all there
+is to it can be written down (``state``) and put in place elsewhere (``load_state``). What was asked and not answered is
+asked again on release.
 """
 
 from __future__ import annotations
 
 import array
-import bisect
 import ctypes
 import errno
 import fcntl
@@ -18,21 +18,13 @@ import socket
 import struct
 import termios
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from gpurestore.devplugins.softaccel import PAGE_NAME, kernels
-from gpurestore.devplugins.softaccel.device import (
-    PAGE_BYTES,
-    AcceleratorError,
-    Buffer,
-    Device,
-    StoppedError,
-    read_host,
-    write_host,
-)
+from gpurestore.devplugins.softaccel.device import AcceleratorError, Device, StoppedError, read_host, write_host
 from gpurestore.devplugins.softaccel.faults import Faults
+from gpurestore.devplugins.softaccel.memory import Memory
 from gpurestore.devplugins.softaccel.protocol import (
     ALL_STREAMS,
     AT_CONTEXT,
@@ -43,32 +35,18 @@ from gpurestore.devplugins.softaccel.protocol import (
     COMMANDS,
     MAX_MESSAGE_BYTES,
     MAX_STREAMS,
+    PAGE_BYTES,
     PAGE_MAGIC,
     Op,
     Reply,
     Request,
     unpack_requests,
 )
-from gpurestore.devplugins.softaccel.protocol import PAGE_BYTES as DOORBELL_BYTES
+from gpurestore.devplugins.softaccel.streams import Stream
 
-FIRST_ADDRESS = 0x7ACC_0000_0000  # device memory; no pointer of a client ever looks like that
-ADDRESS_END = 0x7BCC_0000_0000
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _WORD = struct.Struct("<Q")
 _MAX_UNTAKEN = 64  # one is all that a client should have out
-
-
-class Stream:
-    """Commands that run one after another."""
-
-    def __init__(self, ident: int) -> None:
-        self.ident = ident
-        self.queue: deque[tuple[int, Request]] = deque()
-        self.submitted = 0
-        self.completed = 0
-        self.running = False
-        self.closed = False
-        self.thread: threading.Thread | None = None
 
 
 class Context:
@@ -87,8 +65,7 @@ class Context:
         self.dead = False
         self.error: tuple[int, str] | None = None
         self._faults = faults
-        self._buffers: dict[int, Buffer] = {}
-        self._addresses: list[int] = []
+        self.memory = Memory(device)
         self._streams: dict[int, Stream] = {0: Stream(0)}
         self._events: dict[int, tuple[int, int]] = {}  # the stream and the number of the command that does it
         self._next_event = 1
@@ -102,11 +79,11 @@ class Context:
 
     def _make_page(self) -> None:
         fd = os.memfd_create(f"{PAGE_NAME}{self.uid:016x}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, DOORBELL_BYTES)
+        os.ftruncate(fd, PAGE_BYTES)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         self.page_fd = fd
         self.page_inode = os.fstat(fd).st_ino
-        self._page = mmap.mmap(fd, DOORBELL_BYTES)
+        self._page = mmap.mmap(fd, PAGE_BYTES)
         self._set_word(AT_MAGIC, PAGE_MAGIC)
         self._set_word(AT_CONTEXT, self.uid)
 
@@ -192,7 +169,7 @@ class Context:
             case Op.INFO:
                 return (self._nr_devices, self.device.config.memory_bytes, self.device.free_bytes)
             case Op.ALLOC:
-                return (self._alloc(args[0]),)
+                return (self.memory.alloc(args[0]),)
             case Op.FREE:
                 self._free(args[0])
             case Op.STREAM_CREATE:
@@ -215,66 +192,14 @@ class Context:
                 raise AcceleratorError(errno.ENOSYS, f"there is no request {request.op}")
         return ()
 
-    # ---- memory
-
-    def _alloc(self, size: int) -> int:
-        if not 0 < size <= self.device.config.memory_bytes:
-            whole = self.device.config.memory_bytes
-            raise AcceleratorError(errno.ENOMEM, f"{size} bytes wanted of a device that has {whole}")
-        span = _round_up(size)
-        address = self._find_hole(span)
-        self._add_buffer(address, size)
-        return address
-
-    def _find_hole(self, span: int) -> int:
-        address = FIRST_ADDRESS
-        for start in self._addresses:
-            if start - address >= span:
-                break
-            address = start + _round_up(self._buffers[start].size)
-        if address + span > ADDRESS_END:
-            raise AcceleratorError(errno.ENOMEM, "no device address is free")
-        return address
-
-    def _add_buffer(self, address: int, size: int) -> None:
-        span = _round_up(size)
-        self.device.take(span)
-        try:
-            self._buffers[address] = Buffer(address, size)
-        except (OSError, ValueError, MemoryError) as error:
-            self.device.give_back(span)
-            raise AcceleratorError(errno.ENOMEM, f"the server has no {size} bytes for a buffer: {error}") from error
-        bisect.insort(self._addresses, address)
+    # ---- streams and events
 
     def _free(self, address: int) -> None:
-        if address not in self._buffers:
+        if not self.memory.has(address):
             raise AcceleratorError(errno.EINVAL, f"no buffer begins at device address {address:#x}")
         if any(stream.queue for stream in self._streams.values()):
             raise AcceleratorError(errno.EBUSY, "commands are queued: wait for the streams before a buffer is freed")
-        buffer = self._buffers.pop(address)
-        self._addresses.remove(address)
-        self.device.give_back(_round_up(buffer.size))
-
-    def find(self, address: int, size: int) -> tuple[Buffer, int]:
-        """The buffer that holds these device addresses, and the offset in it."""
-        with self.changed:
-            index = bisect.bisect_right(self._addresses, address) - 1
-            buffer = self._buffers[self._addresses[index]] if index >= 0 else None
-        if buffer is None or not 0 <= size <= buffer.end - address:
-            raise AcceleratorError(errno.EFAULT, f"{size} bytes at device address {address:#x} lie in no buffer")
-        return buffer, address - buffer.address
-
-    def buffers(self) -> list[Buffer]:
-        """All of them, by address."""
-        with self.changed:
-            return [self._buffers[address] for address in self._addresses]
-
-    @property
-    def memory_bytes(self) -> int:
-        """Device memory that this context takes."""
-        return sum(_round_up(buffer.size) for buffer in self.buffers())
-
-    # ---- streams and events
+        self.memory.free(address)
 
     def _stream(self, ident: int) -> Stream:
         stream = self._streams.get(ident)
@@ -307,7 +232,7 @@ class Context:
         # Events that were recorded there are done, whoever gets the number next.
         self._events = {event: (0, 0) if where[0] == ident else where for event, where in self._events.items()}
         for other in self._streams.values():
-            other.queue = deque((number, _without_wait(request, ident)) for number, request in other.queue)
+            other.forget(ident)
         self.changed.notify_all()
 
     def _enqueue(self, request: Request) -> int:
@@ -370,7 +295,8 @@ class Context:
                 case Op.COPY_OUT:
                     self._copy_host(write_host, args[1], args[0], args[2], "d2h")
                 case Op.COPY:
-                    (to, to_offset), (source, offset) = self.find(args[0], args[2]), self.find(args[1], args[2])
+                    to, to_offset = self.memory.find(args[0], args[2])
+                    source, offset = self.memory.find(args[1], args[2])
                     ctypes.memmove(to.base + to_offset, source.base + offset, args[2])
                 case Op.LAUNCH:
                     kernels.run(self._resolve, args[0], args[1], tuple(args[2:]))
@@ -381,13 +307,13 @@ class Context:
         return None
 
     def _resolve(self, address: int, size: int) -> tuple[Any, int]:
-        buffer, offset = self.find(address, size)
+        buffer, offset = self.memory.find(address, size)
         return buffer.memory, offset
 
     def _copy_host(
         self, transfer: Callable[[int, int, int, int], int], address: int, host: int, size: int, way: str
     ) -> None:
-        buffer, offset = self.find(address, size)
+        buffer, offset = self.memory.find(address, size)
         base = buffer.base + offset
         engine = self.device.copy_in if way == "h2d" else self.device.copy_out
 
@@ -479,10 +405,7 @@ class Context:
                 return
             self.dead = True
             self.changed.notify_all()
-            # A command that runs keeps its own buffers until it ends.
-            self.device.give_back(self.memory_bytes)
-            self._buffers.clear()
-            self._addresses.clear()
+            self.memory.free_all()
             if self.sock is not None:
                 self.sock.close()
                 self.sock = None
@@ -507,16 +430,8 @@ class Context:
             return {
                 "uid": f"{self.uid:016x}",
                 "device": self.device.index,
-                "memory_bytes": self.memory_bytes,
-                "streams": [
-                    {
-                        "id": stream.ident,
-                        "submitted": stream.submitted,
-                        "completed": stream.completed,
-                        "queue": [[number, request.pack().hex()] for number, request in stream.queue],
-                    }
-                    for stream in self._streams.values()
-                ],
+                "memory_bytes": self.memory.used_bytes,
+                "streams": [stream.state() for stream in self._streams.values()],
                 "events": [[event, *where] for event, where in self._events.items()],
                 "next_event": self._next_event,
                 "untaken": [message.hex() for message in self._untaken],
@@ -539,11 +454,8 @@ class Context:
         """The opposite: buffers at their addresses, empty; everything else as it was. The context stays held."""
         with self.changed:
             for entry in state["buffers"]:
-                address, size = int(entry["address"]), int(entry["bytes"])
-                if not FIRST_ADDRESS <= address <= address + size <= ADDRESS_END or size <= 0:
-                    raise AcceleratorError(errno.EINVAL, f"a buffer of {size} bytes at {address:#x}")
-                self._add_buffer(address, size)
-            self._streams = {int(entry["id"]): _load_stream(entry) for entry in state["streams"]}
+                self.memory.place(int(entry["address"]), int(entry["bytes"]))
+            self._streams = {int(entry["id"]): Stream.from_state(entry) for entry in state["streams"]}
             self._events = {int(event): (int(stream), int(number)) for event, stream, number in state["events"]}
             self._next_event = int(state["next_event"])
             self._untaken = [bytes.fromhex(message) for message in state["untaken"]]
@@ -557,24 +469,3 @@ class Context:
             page = bytes.fromhex(state["page"])
             self._page[: len(page)] = page
             self._set_word(AT_CONTEXT, self.uid)
-
-
-def _without_wait(request: Request, stream: int) -> Request:
-    if request.op != Op.EVENT_AWAIT or request.args[2] != stream:
-        return request
-    return Request(request.op, request.seq, (*request.args[:2], *(0,) * 10))
-
-
-def _load_stream(entry: dict[str, Any]) -> Stream:
-    stream = Stream(int(entry["id"]))
-    if not 0 <= stream.ident < MAX_STREAMS:
-        raise AcceleratorError(errno.EINVAL, f"a stream of number {stream.ident}")
-    stream.submitted, stream.completed = int(entry["submitted"]), int(entry["completed"])
-    for number, data in entry["queue"]:
-        (request,) = unpack_requests(bytes.fromhex(data))
-        stream.queue.append((int(number), request))
-    return stream
-
-
-def _round_up(size: int) -> int:
-    return -(-size // PAGE_BYTES) * PAGE_BYTES

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpurestore.devplugins.softaccel import image
 from gpurestore.devplugins.softaccel.context import Context
-from gpurestore.devplugins.softaccel.device import AcceleratorError, Buffer, StoppedError
+from gpurestore.devplugins.softaccel.device import AcceleratorError, StoppedError
+from gpurestore.devplugins.softaccel.memory import Buffer
 
 if TYPE_CHECKING:
     from gpurestore.devplugins.softaccel.server import Server
@@ -177,7 +178,7 @@ class Session:
                 "inode": context.inode,
                 "page_inode": context.page_inode,
                 "device": context.device.index,
-                "memory_bytes": context.memory_bytes,
+                "memory_bytes": context.memory.used_bytes,
                 "mine": context.pid == pid,
             }
             for context in list(self._server.contexts.values())
@@ -206,7 +207,7 @@ class Session:
         clock = time.monotonic()
         offset, done, stored = image.DATA_OFFSET, 0, []
         context.device.copy_out.start()
-        for buffer in context.buffers():
+        for buffer in context.memory.buffers():
             chunks: list[tuple[int, int, str]] = []
             offset = self._save(context, buffer, fds[0], offset, chunks)
             done += buffer.size
@@ -266,7 +267,7 @@ class Session:
         done = 0
         context.device.copy_in.start()
         for address, offset, size, checksum in image.chunks(state, "image"):
-            buffer, at = context.find(address, size)
+            buffer, at = context.memory.find(address, size)
             view = memoryview(buffer.memory)[at : at + size]
             self._load(context, view, fd, offset)
             if offset != -1 and image.digest(view) != checksum:

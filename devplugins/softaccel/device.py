@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import threading
 import time
@@ -128,22 +127,6 @@ class Device:
         """Raise if the device is lost."""
         if self.lost:
             raise AcceleratorError(errno.ENODEV, f"device {self.index} of the software accelerator is lost")
-
-
-class Buffer:
-    """A piece of device memory. Its address means something on the device only; it lies page by page in ours."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.address = address
-        self.size = size
-        self.memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._pin = ctypes.c_char.from_buffer(self.memory)  # keeps the mapping from being closed under us
-        self.base = ctypes.addressof(self._pin)
-
-    @property
-    def end(self) -> int:
-        """The first address behind it."""
-        return self.address + self.size
 
 
 # ---- the memory of clients
