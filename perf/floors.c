@@ -5,6 +5,7 @@
  *   floors write FILE      write --bytes of memory into a new file: the limit for a dump
  *   floors read FILE...    O_DIRECT reads with --threads in flight: the disk's limit where there is no fio
  *   floors touch           touch --bytes of memory once, so that the hypervisor has backed it before anything is timed
+ *   floors hold            touch --bytes of memory, say so, and keep them until stdin ends
  *   floors evict FILE...   drop files from the page cache
  *   floors cached FILE...  how many of their bytes are in the page cache
  *
@@ -248,6 +249,20 @@ static double touch(const struct options *options)
 	return seconds;
 }
 
+/* The memory stays ours until whoever started us closes our stdin, or has died. */
+static void hold(const struct options *options)
+{
+	struct file file = { .name = "memory", .bytes = options->bytes };
+	struct queue queue = { .options = options, .files = &file, .nr_files = 1, .work = touch_chunk };
+	char byte;
+
+	file.at = fresh(options, file.bytes);
+	answer(run(&queue), file.bytes);
+	fflush(stdout);
+	while (read(STDIN_FILENO, &byte, 1) > 0)
+		;
+}
+
 static void write_out(const struct options *options, struct file *file)
 {
 	struct queue filling = { .options = options, .files = file, .nr_files = 1, .work = fill_chunk };
@@ -362,6 +377,8 @@ int main(int argc, char **argv)
 	}
 	if (argc > 1 && is(argv[1], "touch"))
 		return answer(touch(&options), options.bytes), 0;
+	if (argc > 1 && is(argv[1], "hold"))
+		return hold(&options), 0;
 	if (nr && is(argv[1], "copy"))
 		return copy(&options, files, nr), 0;
 	if (nr == 1 && is(argv[1], "write"))
@@ -370,6 +387,6 @@ int main(int argc, char **argv)
 		return read_directly(&options, files, nr), 0;
 	if (nr && (is(argv[1], "evict") || is(argv[1], "cached")))
 		return look_at_cache(files, nr, is(argv[1], "evict")), 0;
-	fprintf(stderr, "usage: floors copy|write|read|touch|evict|cached [OPTION...] [FILE...]\n");
+	fprintf(stderr, "usage: floors copy|write|read|touch|hold|evict|cached [OPTION...] [FILE...]\n");
 	return 2;
 }

@@ -50,7 +50,7 @@ class Floors:
     """Runs the program."""
 
     def __init__(self, programs: Programs) -> None:
-        self._program = programs.compiled(Programs.PERF / "floors.c")
+        self.program = programs.compiled(Programs.PERF / "floors.c")
         self.fio = shutil.which("fio")
 
     @property
@@ -105,5 +105,5 @@ class Floors:
         return self._run("evict", *files)[1]
 
     def _run(self, *arguments: str | Path) -> tuple[float, int]:
-        answer = json.loads(timed([self._program, *arguments])[1])
+        answer = json.loads(timed([self.program, *arguments])[1])
         return float(answer["seconds"]), int(answer["bytes"])

@@ -123,6 +123,6 @@ def subject(
     try:
         yield Subject(bench, outcome, victim, *arguments, where=where, dump_options=dump_options, with_criu=with_criu)
     finally:
-        processes.end_all_below()
+        processes.end_all_below(keep=bench.ballast.pids)
         for path in set(folder.iterdir()) - before:
             remove(path)

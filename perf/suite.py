@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
+from ballast import Ballast
 from floors import Floors, Way, default_threads
 from measure import GIB, MIB, Broken, Programs, Series
+from support import processes
 from tools import Criu, Gpurestore, Run
 
 Contender: TypeAlias = Callable[[], object]
+_SPARE_BYTES = GIB  # beside what a case works with: page tables, programs, page cache
 Who = Literal["ours", "floor", "criu"]
 
 
@@ -123,18 +126,21 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.floors = Floors(self.programs)
+        self.ballast = Ballast(self.floors.program)
         self.threads = default_threads()
 
     def size(self, quick_mib: int, full_mib: int, copies: float = 3.2) -> int:
         """MiB to work with. Raises Skipped where ``copies`` of that do not fit into memory."""
         mib = full_mib if self.is_full else quick_mib
-        need, there = int(mib * MIB * copies), available_bytes()
+        need, there = int(mib * MIB * copies), available_bytes() + self.ballast.nr_bytes
         if need > there:
             raise Skipped(f"needs {need / GIB:.1f} GiB of memory, {there / GIB:.1f} GiB are available")
+        self.ballast.leave(there, need + _SPARE_BYTES)
         return mib
 
     def clear(self) -> None:
-        """Give back all space, for the next case."""
+        """End what is left of a case, and give back all space."""
+        processes.end_all_below(keep=self.ballast.pids)
         for folder in (self.folder, self.disk):
             for path in folder.iterdir():
                 if path != self.programs.folder:

@@ -18,7 +18,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
         place = bench.folder / f"overlap-{nr}"
         for point in measure(Tree(bench.programs, place, nr, mib, 0.0), ratios, bench.runs):
             note(outcome, point)
-        processes.end_all_below()
+        processes.end_all_below(keep=bench.ballast.pids)
     outcome.notes.append(
         "A device that needs D seconds and no CPU, beside memory that alone takes M seconds; the floor is the longer of"
         " both. Times are of the engine, without checksums."

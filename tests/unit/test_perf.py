@@ -13,6 +13,7 @@ import pytest
 PERF = Path(__file__).parents[2] / "perf"
 sys.path.insert(0, str(PERF))
 
+import ballast  # noqa: E402
 import cases  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
@@ -105,3 +106,14 @@ def test_numbers_of_criu_stats_are_read(tmp_path: Path) -> None:
     file = tmp_path / "stats-dump"
     file.write_bytes(struct.pack("<III", 0x55105940, 0, len(record)) + record)
     assert read_stats(file) == {1: 5, 2: 300}
+
+
+def test_memory_is_held_only_where_a_balloon_reports_what_is_free(tmp_path: Path) -> None:
+    assert not ballast.is_needed(tmp_path)
+    for name, device, features in [("virtio0", "0x0002", "1" * 64), ("virtio1", "0x0005", "000001" + "0" * 58)]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "device").write_text(f"{device}\n")
+        (tmp_path / name / "features").write_text(f"{features}\n")
+    assert ballast.is_needed(tmp_path)
+    (tmp_path / "virtio1" / "features").write_text("1" * 5 + "0" * 59 + "\n")
+    assert not ballast.is_needed(tmp_path)
