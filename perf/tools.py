@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,30 @@ class Criu:
         restored_us = read_stats(images / "stats-restore").get(_RESTORE_TIME, 0)
         return Run({"command": seconds, "engine": restored_us / 1e6}, {})
 
-    def restore_lazily(self, images: Path) -> subprocess.Popen[bytes]:
-        """``criu restore --lazy-pages``, detached, with a daemon that brings the pages in: that is returned."""
+    @contextmanager
+    def restored_lazily(self, images: Path, wait_s: float = 60) -> Iterator[None]:
+        """``criu restore --lazy-pages``, detached, with a daemon that brings the pages in.
+
+        Left without an error it waits for the daemon, which has to end by itself; the daemon never outlives it.
+        """
         socket = images / "lazy-pages.socket"
         socket.unlink(missing_ok=True)
         command: list[str | Path] = [self.program, "lazy-pages", "-D", images, "-o", "lazy-pages.log"]
         daemon = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while not socket.exists() and daemon.poll() is None:
-            time.sleep(0.001)
-        self._timed("restore", images, ["-d", "--lazy-pages"])
-        return daemon
+        try:
+            while not socket.exists() and daemon.poll() is None:
+                time.sleep(0.001)
+            self._timed("restore", images, ["-d", "--lazy-pages"])
+            yield
+            if code := daemon.wait(wait_s):
+                raise Broken(f"criu lazy-pages ended with {code}")
+        except subprocess.TimeoutExpired:
+            raise Broken(f"criu lazy-pages has not ended {wait_s:g} s after its tree") from None
+        finally:
+            daemon.kill()
+            daemon.wait()
 
     def _timed(self, command: str, images: Path, options: Sequence[str]) -> float:
         log = images / f"{command}.log"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from measure import Broken, again
 from subject import Subject, subject
 from suite import Bench, Contender, Line, Outcome, Who
+from support import processes
+from tools import Criu
 
 NAME = "lazy"
 TITLE = "Lazy restore"
@@ -33,7 +36,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
                 options = ("--lazy", "--fault-order", str(recorded))
                 contenders.append(partial(paced, tree, what, "gpurestore --lazy --fault-order", options))
             if tree.criu:
-                contenders += [partial(paced_criu, tree, what), partial(paced_lazy_criu, tree, what)]
+                contenders += [PacedCriu(tree, what, tree.criu, lazily=lazily) for lazily in (False, True)]
             bench.in_turns(contenders)
         lazy = outcome.line(f"{what}: until the tree runs", "ours", "gpurestore --lazy")
         outcome.want_below(f"{what}: the tree runs, time of the engine", RESUME_S, lazy.median("engine"), "s")
@@ -48,21 +51,41 @@ def paced(tree: Subject, what: str, name: str, options: tuple[str, ...]) -> None
     line.add("engine", run.seconds["engine"])
 
 
-def paced_criu(tree: Subject, what: str) -> None:
-    """The same of CRIU, which is eager here."""
-    assert tree.criu
-    began_ns = begin(tree)
-    tree.criu.restore(tree.criu_images)
-    note(tree, what, "CRIU", began_ns, "criu")
+class PacedCriu:
+    """The same of CRIU, eager, or lazy with its daemon, whose start counts. What fails is noted and not asked again."""
 
+    def __init__(self, tree: Subject, what: str, criu: Criu, *, lazily: bool) -> None:
+        self._tree, self._what, self._criu, self._lazily = tree, what, criu, lazily
+        self.name = "CRIU --lazy-pages" if lazily else "CRIU"
+        self._is_broken = False
 
-def paced_lazy_criu(tree: Subject, what: str) -> None:
-    """The same with its daemon for lazy pages, whose start counts."""
-    assert tree.criu
-    began_ns = begin(tree)
-    daemon = tree.criu.restore_lazily(tree.criu_images)
-    note(tree, what, "CRIU --lazy-pages", began_ns, "criu")
-    daemon.wait(timeout=60)
+    def __call__(self) -> None:
+        """Measure, or do nothing."""
+        if self._is_broken:
+            return
+        try:
+            self._measure()
+        except Broken as error:
+            self._is_broken = True
+            self._tree.outcome.notes.append(f"{self._what}: {self.name} does not bring the tree back: {error}")
+            victim = self._tree.victim
+            processes.kill(victim.pids)
+            processes.wait_gone(victim.pids)
+            again(victim)
+
+    def _measure(self) -> None:
+        tree = self._tree
+        began_ns = begin(tree)
+        if not self._lazily:
+            self._criu.restore(tree.criu_images)
+            note(tree, self._what, self.name, began_ns, "criu")
+            return
+        with self._criu.restored_lazily(tree.criu_images):
+            try:
+                note(tree, self._what, self.name, began_ns, "criu")
+            except Broken:
+                processes.kill(tree.victim.pids)  # before its daemon ends: without that it would read zeros
+                raise
 
 
 def begin(tree: Subject) -> int:
