@@ -1,4 +1,4 @@
-"""Calling hooks: arguments and answers, who is asked, time limits, cancellation, and exit once for each."""
+"""Calling hooks: arguments and answers, and who is asked."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import errno
 import os
 import socket
 import stat
-import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-from support.plugins import PluginFolder, context_of, plugin_folder, with_host
+from support.plugins import PluginFolder, run_with_host
 from support.victims import have_compiler
 
 from gpurestore import errors
@@ -25,23 +21,12 @@ needs_compiler = pytest.mark.skipif(not have_compiler(), reason="no gcc to compi
 
 
 @pytest.fixture
-def lib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFolder]:
-    monkeypatch.setattr("gpurestore.devplugins.discover.entry_points", list)
-    with plugin_folder(tmp_path) as folder:
-        yield folder
-
-
-@pytest.fixture
 def calls(tmp_path: Path) -> Path:
     return tmp_path / "calls"
 
 
 def lines(calls: Path) -> list[str]:
     return calls.read_text().splitlines()
-
-
-def run(lib: PluginFolder, use: Any, **options: Any) -> Any:
-    return trio.run(partial(with_host, lib, use, **options))
 
 
 # ---- what arrives in C, and what comes back
@@ -87,7 +72,7 @@ def test_a_c_hook_gets_its_arguments(
         else:
             await host.run_all(hook, *args)
 
-    run(lib, use, stage=Stage.RESTORE, options=[f"recorder.to={calls}"], result=-9)
+    run_with_host(lib, use, stage=Stage.RESTORE, options=[f"recorder.to={calls}"], result=-9)
     assert lines(calls) == ["recorder: init 2", f"recorder: {line}", "recorder: exit 2 -9"]
 
 
@@ -101,7 +86,7 @@ def test_a_device_mapping_comes_with_the_status_of_its_file(lib: PluginFolder, c
             assert await host.claim(Hook.HANDLE_DEVICE_VMA, fd, os.fstat(fd)) is not None
             os.close(fd)
 
-    run(lib, use, options=[f"recorder.to={calls}", "recorder.claim=HANDLE_DEVICE_VMA"])
+    run_with_host(lib, use, options=[f"recorder.to={calls}", "recorder.claim=HANDLE_DEVICE_VMA"])
     assert lines(calls)[1:-1] == [
         "recorder: HANDLE_DEVICE_VMA fd=1 device=1",
         "recorder: HANDLE_DEVICE_VMA fd=1 device=0",
@@ -120,7 +105,7 @@ def test_what_a_c_hook_writes_comes_back(lib: PluginFolder, calls: Path) -> None
 
     def value_of(hook: Hook, *args: Any) -> Any:
         options = [f"recorder.to={calls}", f"recorder.claim={hook.name}"]
-        return run(lib, lambda host: claim(host, hook, *args), stage=Stage.RESTORE, options=options)
+        return run_with_host(lib, lambda host: claim(host, hook, *args), stage=Stage.RESTORE, options=options)
 
     update = value_of(Hook.UPDATE_VMA_MAP, "/dev/x", 0x1000, 0x2000)
     assert isinstance(update, VmaUpdate)
@@ -147,7 +132,7 @@ def test_a_file_may_be_restored_at_the_second_asking(lib: PluginFolder, calls: P
         assert result is not None
         os.close(result.value)
 
-    run(lib, use, stage=Stage.RESTORE, options=[f"recorder.to={calls}", "recorder.claim=RESTORE_EXT_FILE"])
+    run_with_host(lib, use, stage=Stage.RESTORE, options=[f"recorder.to={calls}", "recorder.claim=RESTORE_EXT_FILE"])
     assert lines(calls)[1:-1] == ["recorder: RESTORE_EXT_FILE id=7"] * 2
 
 
@@ -162,7 +147,7 @@ def test_a_plugin_with_crius_macros_uses_every_host_symbol(lib: PluginFolder) ->
         assert await host.claim(Hook.DUMP_EXT_FILE, 0, 6) is None
         assert await host.claim(Hook.DUMP_EXT_FILE, 0, 7) is not None
 
-    run(lib, use, result=-3)
+    run_with_host(lib, use, result=-3)
     assert int.from_bytes((lib.cache / "criu_style.img").read_bytes(), "little") == 4711
     assert "criu_style: exit 0 -3" in lib.messages()
 
@@ -193,7 +178,7 @@ def test_a_plugin_from_before_descriptors_is_called_by_its_functions_names(lib: 
         with pytest.raises(errors.HookError, match="RESUME_DEVICES_LATE of pid 13 failed: it returned -1"):
             await host.run_all(Hook.RESUME_DEVICES_LATE, 13)
 
-    run(lib, use, stage=Stage.RESTORE)
+    run_with_host(lib, use, stage=Stage.RESTORE)
     assert [m for m in lib.messages() if m.startswith("old: ")] == ["old: old init", "old: old fini"]
 
 
@@ -217,7 +202,7 @@ def test_a_claim_stops_at_the_first_that_does_not_decline(lib: PluginFolder, cal
         assert [used.name for used in host.used] == ["b", "c"]
         assert host.inventory_names == []  # C plugins name themselves there
 
-    run(lib, use, options=options)
+    run_with_host(lib, use, options=options)
     asked = [line.replace(" DUMP_EXT_FILE fd=1", "") for line in lines(calls) if "EXT_FILE" in line]
     assert asked == ["a: id=1", "b: id=1", "c: id=2", "a: id=3"]
 
@@ -231,7 +216,7 @@ def test_a_claim_that_fails_is_no_claim_declined(lib: PluginFolder, calls: Path)
         with pytest.raises(errors.HookError, match=r"plugin a: DUMP_EXT_FILE failed: it returned -EIO"):
             await host.claim(Hook.DUMP_EXT_FILE, 0, 1)
 
-    run(lib, use, options=[f"a.to={calls}", f"b.to={calls}", "a.fail=DUMP_EXT_FILE", "b.claim=DUMP_EXT_FILE"])
+    run_with_host(lib, use, options=[f"a.to={calls}", f"b.to={calls}", "a.fail=DUMP_EXT_FILE", "b.claim=DUMP_EXT_FILE"])
     assert not any(line.startswith("b: DUMP") for line in lines(calls))
 
 
@@ -252,7 +237,7 @@ def test_a_device_hook_goes_to_all_and_the_first_failure_is_reported(
         assert (caught.value.plugin, caught.value.hook) == ("b", hook.name)
         assert caught.value.pid == (1 if about_a_task else None)
 
-    run(lib, use, options=options, result=-errno.EIO)
+    run_with_host(lib, use, options=options, result=-errno.EIO)
     written = lines(calls)
     assert sorted(line[0] for line in written if hook.name in line) == ["a", "b", "c"]
     assert [line for line in written if "exit" in line] == [f"{name}: exit 0 -5" for name in "cba"]
@@ -274,7 +259,7 @@ def test_two_device_plugins_serve_one_task_at_the_same_time(lib: PluginFolder) -
     for name, other in (("A", "B"), ("B", "A")):
         lib.write(name, textwrap.dedent(text).format(name=name, other=other, list=[]))
     try:
-        run(lib, lambda host: host.run_all(Hook.PAUSE_DEVICES, 1))
+        run_with_host(lib, lambda host: host.run_all(Hook.PAUSE_DEVICES, 1))
     finally:
         os.environ.pop("MET_A", None)
         os.environ.pop("MET_B", None)
@@ -302,7 +287,7 @@ def test_a_python_hook_that_raises_has_failed_with_its_traceback_in_the_log(lib:
             await host.claim(Hook.DUMP_EXT_FILE, 0, 1)
         assert await host.claim(Hook.HANDLE_DEVICE_VMA, 0, os.fstat(0)) is None
 
-    run(lib, use)
+    run_with_host(lib, use)
     traced = [record.exc_info[0] for record in lib.records if record.exc_info]
     assert traced == [ValueError, KeyError, OSError]
 
@@ -335,7 +320,7 @@ def test_python_hooks_claim_and_give_descriptors(lib: PluginFolder) -> None:
         assert moved is not None
         assert moved.value == VmaUpdate(5, -1)
 
-    run(lib, use)
+    run_with_host(lib, use)
 
 
 def test_an_error_that_needs_a_person_stays_one(lib: PluginFolder) -> None:
@@ -349,7 +334,7 @@ def test_an_error_that_needs_a_person_stays_one(lib: PluginFolder) -> None:
         with pytest.raises(errors.NeedsPersonError, match="look at the GPU"):
             await host.run_all(Hook.PAUSE_DEVICES, 3)
 
-    run(lib, use)
+    run_with_host(lib, use)
 
 
 def test_every_hook_has_a_span_on_its_plugins_track(lib: PluginFolder) -> None:
@@ -362,204 +347,6 @@ def test_every_hook_has_a_span_on_its_plugins_track(lib: PluginFolder) -> None:
         await host.run_all(Hook.PAUSE_DEVICES, 3, span=spans.span)
         await host.run_all(Hook.POST_FORKING, span=spans.span)
 
-    run(lib, use)
+    run_with_host(lib, use)
     seen = [(span.name, span.track, span.args) for span in spans.spans]
     assert seen == [("PAUSE_DEVICES", "plugin p", {"pid": 3}), ("POST_FORKING", "plugin p", {})]
-
-
-# ---- exit
-
-
-EXITS = (
-    "class P(DevicePlugin):\n"
-    "    def init(self, context): self.dir = context.images_dir\n"
-    "    def exit(self, stage, result):\n"
-    "        with open(self.dir / 'exits', 'a') as file: print(int(stage), result, file=file)\n"
-)
-
-
-def test_exit_is_called_once_however_often_the_host_is_stopped(lib: PluginFolder) -> None:
-    lib.write("p", EXITS)
-
-    async def use(host: PluginHost) -> None:
-        await host.stop(-7)
-        await host.stop(0)
-
-    run(lib, use)
-    assert (lib.cache / "exits").read_text() == "0 -7\n"
-
-
-def test_exit_of_the_others_is_called_when_one_raises(lib: PluginFolder) -> None:
-    lib.write("a", EXITS.replace("class P", "class A"))
-    lib.write("b", "class B(DevicePlugin):\n    async def exit(self, stage, result): raise ValueError('no')\n")
-    lib.write("c", EXITS.replace("class P", "class C"))
-    run(lib, trio_checkpoint, result=-1)
-    assert (lib.cache / "exits").read_text() == "0 -1\n0 -1\n"
-    assert "plugin b: exit failed" in lib.messages()
-
-
-async def trio_checkpoint(_: PluginHost) -> None:
-    await trio.lowlevel.checkpoint()
-
-
-def test_exit_is_called_when_the_operation_is_cancelled(lib: PluginFolder) -> None:
-    lib.write("p", EXITS + "    async def post_forking(self): await trio.sleep_forever()\n")
-
-    async def main() -> None:
-        with trio.move_on_after(0.1):
-            await with_host(lib, lambda host: host.run_all(Hook.POST_FORKING), result=-errno.ECANCELED)
-
-    trio.run(main)
-    assert (lib.cache / "exits").read_text() == "0 -125\n"
-
-
-def test_a_plugin_that_sits_out_or_is_not_for_this_stage_gets_no_exit(lib: PluginFolder) -> None:
-    lib.write("p", EXITS.replace("self.dir = context.images_dir", "raise Declined('not today')"))
-    lib.write("q", EXITS.replace("class P(DevicePlugin):", "class Q(DevicePlugin):\n    stages = {Stage.RESTORE}"))
-
-    async def use(host: PluginHost) -> None:
-        await trio.lowlevel.checkpoint()
-        assert host.plugins == []
-
-    run(lib, use)
-    assert not (lib.cache / "exits").exists()
-
-
-# ---- time
-
-
-@needs_compiler
-def test_one_c_plugin_is_never_entered_by_two_threads(lib: PluginFolder) -> None:
-    lib.compile("slow")
-
-    async def use(host: PluginHost) -> None:
-        async with trio.open_nursery() as nursery:
-            for _ in range(5):
-                nursery.start_soon(host.run_all, Hook.PAUSE_DEVICES, 5)
-                nursery.start_soon(host.run_all, Hook.CHECKPOINT_DEVICES, 5)
-                nursery.start_soon(host.claim, Hook.DUMP_EXT_FILE, 0, 5)
-
-    run(lib, use)
-    assert "slow: exit 0 0, met 0, inside 0" in lib.messages()
-
-
-@needs_compiler
-def test_different_c_plugins_run_at_the_same_time(lib: PluginFolder) -> None:
-    for name in ("a", "b", "c", "d"):
-        lib.compile("slow", f'-DNAME="{name}"', to=name)
-
-    async def use(host: PluginHost) -> float:
-        begin = time.monotonic()
-        await host.run_all(Hook.PAUSE_DEVICES, 300)
-        return time.monotonic() - begin
-
-    assert run(lib, use) < 0.9
-
-
-@needs_compiler
-def test_a_message_from_a_thread_of_the_plugin_carries_its_name(lib: PluginFolder) -> None:
-    lib.compile("slow")
-    run(lib, trio_checkpoint)
-    assert "slow: from a thread" in lib.messages()
-
-
-@needs_compiler
-def test_a_c_hook_that_hangs_fails_with_plugin_hook_and_pid(lib: PluginFolder) -> None:
-    lib.compile("slow")
-
-    async def use(host: PluginHost) -> None:
-        begin = time.monotonic()
-        with pytest.raises(errors.HookTimeoutError) as caught:
-            await host.run_all(Hook.PAUSE_DEVICES, 700)
-        assert 0.2 <= time.monotonic() - begin < 0.6
-        error = caught.value
-        assert (error.plugin, error.hook, error.pid) == ("slow", "PAUSE_DEVICES", 700)
-        assert str(error) == (
-            "plugin slow: PAUSE_DEVICES of pid 700 failed: it did not come back within 0.2 s (--hook-timeout)"
-        )
-        with pytest.raises(errors.HookError, match="CHECKPOINT_DEVICES of pid 1 failed: the plugin has not come back"):
-            await host.run_all(Hook.CHECKPOINT_DEVICES, 1)
-
-    run(lib, use, hook_timeout_s=0.2, result=-1)
-    # it came back within the time that exit waits
-    assert "slow: exit 0 -1, met 0, inside 0" in lib.messages()
-
-
-@needs_compiler
-def test_a_c_plugin_that_never_comes_back_is_not_entered_for_exit(lib: PluginFolder) -> None:
-    lib.compile("slow")
-
-    async def use(host: PluginHost) -> list[errors.PluginUnloadError]:
-        with pytest.raises(errors.HookTimeoutError):
-            await host.claim(Hook.DUMP_EXT_FILE, 0, 2500)
-        return await host.stop(-1)
-
-    [error] = run(lib, use, hook_timeout_s=0.1)
-    assert "a hook of it has not come back, so it stays in memory" in str(error)
-    assert "plugin slow: exit was not called: it is still inside DUMP_EXT_FILE" in lib.messages()
-    time.sleep(1.6)  # its code must not go away beneath it, nor stay in use for the next test
-
-
-@pytest.mark.parametrize("kind", ["async def", "def"])
-def test_a_python_hook_that_hangs_fails(lib: PluginFolder, kind: str) -> None:
-    wait = "await trio.sleep_forever()" if kind == "async def" else "time.sleep(0.5)"
-    lib.write("p", EXITS + f"    {kind} resume_devices_late(self, pid): {wait}\n")
-
-    async def use(host: PluginHost) -> None:
-        with pytest.raises(errors.HookTimeoutError, match=r"plugin p: RESUME_DEVICES_LATE of pid 9 failed: .* 0\.1 s"):
-            await host.run_all(Hook.RESUME_DEVICES_LATE, 9)
-
-    run(lib, use, hook_timeout_s=0.1)
-    assert (lib.cache / "exits").read_text() == "0 0\n"
-
-
-def test_only_pausing_has_a_limit_of_its_own(lib: PluginFolder) -> None:
-    host = PluginHost()
-    limits = {hook: host._limit(hook) for hook in Hook}
-    assert limits.pop(Hook.PAUSE_DEVICES) == 60
-    assert set(limits.values()) == {None}
-    assert {PluginHost(hook_timeout_s=2)._limit(hook) for hook in Hook} == {2}
-
-
-@needs_compiler
-def test_cancelling_does_not_wait_for_a_c_hook_but_exit_does(lib: PluginFolder) -> None:
-    lib.compile("slow")
-
-    async def use(host: PluginHost) -> float:
-        begin = time.monotonic()
-        with trio.move_on_after(0.1):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(host.run_all, Hook.PAUSE_DEVICES, 800)
-                nursery.start_soon(host.run_all, Hook.CHECKPOINT_DEVICES, 801)  # waits for its turn: never begins
-        return time.monotonic() - begin
-
-    assert run(lib, use, result=-errno.ECANCELED) < 0.4
-    assert "slow: exit 0 -125, met 0, inside 0" in lib.messages()
-
-
-@needs_compiler
-def test_a_claim_gives_up_when_the_operation_is_cancelled(lib: PluginFolder, tmp_path: Path) -> None:
-    lib.compile("slow")
-    cancelled = False
-
-    async def main() -> float:
-        nonlocal cancelled
-        host, context = PluginHost(lib.path), context_of(tmp_path, is_cancelled=lambda: cancelled)
-        await host.start(context)
-        begin = time.monotonic()
-        try:
-            async with trio.open_nursery() as nursery:
-
-                async def claim() -> None:
-                    with pytest.raises(errors.CancelledError):
-                        await host.claim(Hook.DUMP_EXT_FILE, 0, 900)
-
-                nursery.start_soon(claim)
-                await trio.sleep(0.1)
-                cancelled = True
-            return time.monotonic() - begin
-        finally:
-            await host.stop(-125)
-            os.close(context.images_dir_fd)
-
-    assert trio.run(main) < 0.5

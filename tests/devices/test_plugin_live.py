@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.plugins import compile_plugin
+from support.plugins import PluginFolder
 from support.round_trip import dump
 from support.tool import Tool
 from support.victims import Victims
@@ -14,21 +14,14 @@ from support.victims import Victims
 pytestmark = pytest.mark.usefixtures("rights", "compiler")
 
 
-@pytest.fixture
-def lib(folder: Path) -> Path:
-    path = folder / "plugins"
-    path.mkdir()
-    return path
-
-
 @pytest.mark.parametrize("version", ["0x000200", "0x000300"])
 def test_c_plugins_see_every_hook_at_its_moment(
-    tool: Tool, victims: Victims, folder: Path, lib: Path, version: str
+    tool: Tool, victims: Victims, folder: Path, lib: PluginFolder, version: str
 ) -> None:
     calls = folder / "calls"
     for name in ("one", "two"):
-        compile_plugin("recorder", lib / f"{name}.so", f'-DNAME="{name}"', f"-DCRIU_PLUGIN_VERSION={version}")
-    options = ("-L", str(lib), "--plugin-option", f"one.to={calls}", "--plugin-option", f"two.to={calls}")
+        lib.compile("recorder", f'-DNAME="{name}"', f"-DCRIU_PLUGIN_VERSION={version}", to=name)
+    options = ("-L", str(lib.path), "--plugin-option", f"one.to={calls}", "--plugin-option", f"two.to={calls}")
     victim = victims.start("tree")
     dump(tool, victim, folder / "images", *options)
     finish = ["DUMP_FINISH 0"] if version == "0x000300" else []
@@ -62,24 +55,26 @@ def test_c_plugins_see_every_hook_at_its_moment(
     victim.finish()
 
 
-def test_what_a_c_plugin_claims_comes_back_from_it(tool: Tool, victims: Victims, folder: Path, lib: Path) -> None:
-    compile_plugin("giver", lib / "giver.so")
+def test_what_a_c_plugin_claims_comes_back_from_it(
+    tool: Tool, victims: Victims, folder: Path, lib: PluginFolder
+) -> None:
+    lib.compile("giver")
     victim = victims.start("claimed")
-    dump(tool, victim, folder / "images", "-L", str(lib))
+    dump(tool, victim, folder / "images", "-L", str(lib.path))
     missing = tool.restore(folder / "images", "-d").expect(1)
     assert "the images need plugins that are not there: giver" in missing.one_line()
-    tool.restore(folder / "images", "-d", "-L", str(lib)).expect(0)
+    tool.restore(folder / "images", "-d", "-L", str(lib.path)).expect(0)
     victim.finish()
 
 
 def test_a_plugin_from_before_descriptors_sees_its_hooks_and_gives_a_unix_socket_back(
-    tool: Tool, victims: Victims, folder: Path, lib: Path
+    tool: Tool, victims: Victims, folder: Path, lib: PluginFolder
 ) -> None:
-    compile_plugin("older", lib / "older.so")
+    lib.compile("older")
     calls = folder / "calls"
     env = {"RECORDER_LOG": str(calls)}
     victim = victims.start("claimed")
-    outcome = dump(tool, victim, folder / "images", "-L", str(lib), env=env)
+    outcome = dump(tool, victim, folder / "images", "-L", str(lib.path), env=env)
     assert "older.so has no descriptor: taken for one of version 0.1.0" in outcome.log
     seen = calls.read_text().splitlines()
     assert seen[0] == "init"
@@ -89,7 +84,7 @@ def test_a_plugin_from_before_descriptors_sees_its_hooks_and_gives_a_unix_socket
     assert sorted(seen[3:-1]) == ["dump_unix_sk", "handle_device_vma"]
     assert seen[-1] == "fini"
     calls.unlink()
-    tool.restore(folder / "images", "-d", "-L", str(lib), env=env).expect(0)
+    tool.restore(folder / "images", "-d", "-L", str(lib.path), env=env).expect(0)
     seen = calls.read_text().splitlines()
     assert seen[:2] == ["init", "restore_init"]
     assert sorted(seen[2:4]) == ["restore_unix_sk", "update_vma_map"]
@@ -98,11 +93,11 @@ def test_a_plugin_from_before_descriptors_sees_its_hooks_and_gives_a_unix_socket
 
 
 def test_a_plugin_that_crashes_is_named_and_the_tree_goes_on(
-    tool: Tool, victims: Victims, folder: Path, lib: Path
+    tool: Tool, victims: Victims, folder: Path, lib: PluginFolder
 ) -> None:
-    compile_plugin("crashing", lib / "crashing.so", "-DALWAYS")
+    lib.compile("crashing", "-DALWAYS")
     victim = victims.start("threads")
-    outcome = tool.dump(victim.pid, folder / "images", "-L", str(lib)).expect(-signal.SIGSEGV)
+    outcome = tool.dump(victim.pid, folder / "images", "-L", str(lib.path)).expect(-signal.SIGSEGV)
     message = f"gpurestore: plugin crashing crashed in CHECKPOINT_DEVICES of pid {victim.pid}: SIGSEGV"
     assert message in outcome.err
     assert message in outcome.log
@@ -112,11 +107,11 @@ def test_a_plugin_that_crashes_is_named_and_the_tree_goes_on(
 
 
 def test_a_c_hook_that_hangs_is_given_up_and_the_tree_goes_on(
-    tool: Tool, victims: Victims, folder: Path, lib: Path
+    tool: Tool, victims: Victims, folder: Path, lib: PluginFolder
 ) -> None:
-    compile_plugin("slow", lib / "slow.so", "-DALWAYS=20000")
+    lib.compile("slow", "-DALWAYS=20000")
     victim = victims.start("idle")
-    outcome = tool.dump(victim.pid, folder / "images", "-L", str(lib), "--hook-timeout", "0.3").expect(1)
+    outcome = tool.dump(victim.pid, folder / "images", "-L", str(lib.path), "--hook-timeout", "0.3").expect(1)
     assert outcome.one_line() == (
         f"gpurestore: dump: plugin slow: PAUSE_DEVICES of pid {victim.pid} failed: "
         "it did not come back within 0.3 s (--hook-timeout)"
@@ -127,11 +122,11 @@ def test_a_c_hook_that_hangs_is_given_up_and_the_tree_goes_on(
 
 
 def test_a_plugin_that_cannot_be_loaded_ends_the_dump_before_it_begins(
-    tool: Tool, victims: Victims, folder: Path, lib: Path
+    tool: Tool, victims: Victims, folder: Path, lib: PluginFolder
 ) -> None:
-    compile_plugin("odd", lib / "odd.so", "-DNEEDS=compel_wait_task")
+    lib.compile("odd", "-DNEEDS=compel_wait_task")
     victim = victims.start("idle")
-    outcome = tool.run("dump", "-t", str(victim.pid), "-D", folder / "images", env={"CRIU_LIBS_DIR": str(lib)})
+    outcome = tool.run("dump", "-t", str(victim.pid), "-D", folder / "images", env={"CRIU_LIBS_DIR": str(lib.path)})
     outcome.expect(1)
     assert "it needs the symbol compel_wait_task" in outcome.one_line()
     outcome = tool.run("dump", "-t", str(victim.pid), "-D", folder / "images", "--plugin-option", "gone.x=1").expect(2)

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
-from support.plugins import PluginFolder, context_of, plugin_folder, with_host
+from support.plugins import PluginFolder, context_of, with_host
 from support.victims import have_compiler
 
 import gpurestore
@@ -28,20 +28,13 @@ from gpurestore.devplugins.options import sort_options
 needs_compiler = pytest.mark.skipif(not have_compiler(), reason="no gcc to compile plugins with")
 
 
-@pytest.fixture
-def lib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFolder]:
-    monkeypatch.setattr("gpurestore.devplugins.discover.entry_points", list)
-    with plugin_folder(tmp_path) as folder:
-        yield folder
-
-
 async def names(host: PluginHost) -> list[tuple[str, str, tuple[int, int, int]]]:
     await trio.lowlevel.checkpoint()
     return [(plugin.name, plugin.kind, plugin.version) for plugin in host.plugins]
 
 
-def load(lib: PluginFolder, **options: object) -> list[tuple[str, str, tuple[int, int, int]]]:
-    found: list[tuple[str, str, tuple[int, int, int]]] = trio.run(lambda: with_host(lib, names, **options))  # type: ignore[arg-type]
+def load(lib: PluginFolder, **options: Any) -> list[tuple[str, str, tuple[int, int, int]]]:
+    found: list[tuple[str, str, tuple[int, int, int]]] = trio.run(lambda: with_host(lib, names, **options))
     return found
 
 
@@ -305,11 +298,10 @@ def test_a_stranger_in_crius_own_folder_is_passed_over(lib: PluginFolder, monkey
     lib.write("snake", "class Snake(DevicePlugin): pass\n")
     monkeypatch.delenv("CRIU_LIBS_DIR", raising=False)
     monkeypatch.setattr("gpurestore.devplugins.discover.DEFAULT_FOLDER", lib.path)
-    folder = PluginFolder(None, lib.cache)  # type: ignore[arg-type]
-    assert load(folder) == [("snake", "Python", (0, 3, 0))]
+    assert load(lib, is_named=False) == [("snake", "Python", (0, 3, 0))]
     assert any("compel_wait_task" in message and "passed over" in message for message in lib.messages())
     with pytest.raises(errors.PluginMissingError, match=r"odd \(it needs the symbol compel_wait_task"):
-        load(folder, stage=Stage.RESTORE, needed=["odd"])
+        load(lib, is_named=False, stage=Stage.RESTORE, needed=["odd"])
 
 
 @needs_compiler

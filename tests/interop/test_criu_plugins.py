@@ -5,20 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.criu import Criu, find_criu
+from support.criu import Criu
 from support.plugins import compile_plugin
 from support.tool import Tool
 from support.victims import Victims
 
 pytestmark = pytest.mark.usefixtures("rights", "real_root")
-
-
-@pytest.fixture(scope="module")
-def criu() -> Criu:
-    found = find_criu()
-    if found is None:
-        pytest.skip("no criu that passes its own check: name one with CRIU=PROGRAM")
-    return found
 
 
 @pytest.fixture(params=["ours", "criu's"])

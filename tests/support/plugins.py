@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import trio
 
 import gpurestore
 from gpurestore.devplugins.api import HookContext, Stage
@@ -92,6 +94,11 @@ def context_of(images: Path, stage: Stage = Stage.DUMP, **more: Any) -> HookCont
     return HookContext(stage=stage, images_dir=images, images_dir_fd=fd, open_image=open_image, **more)
 
 
+def run_with_host(folder: PluginFolder, use: Callable[[PluginHost], Any], **options: Any) -> Any:
+    """The same from outside of trio."""
+    return trio.run(partial(with_host, folder, use, **options))
+
+
 async def with_host(
     folder: PluginFolder,
     use: Callable[[PluginHost], Any],
@@ -101,10 +108,11 @@ async def with_host(
     needed: Sequence[str] | None = None,
     hook_timeout_s: float | None = None,
     result: int = 0,
+    is_named: bool = True,
 ) -> Any:
-    """Start a host on the folder, await ``use(host)``, stop it."""
+    """Start a host on the folder, await ``use(host)``, stop it. With ``is_named`` the folder is given by -L."""
     context = context_of(folder.cache, stage)
-    host = PluginHost(folder.path, options, hook_timeout_s)
+    host = PluginHost(folder.path if is_named else None, options, hook_timeout_s)
     try:
         await host.start(context, needed)
         try:

@@ -1,4 +1,7 @@
-/* Sleeps pid (or -DALWAYS=) milliseconds in a hook, and finds out whether two threads were ever in it at the same time. */
+/*
+ * Sleeps pid (or -DALWAYS=) milliseconds in a hook, says "in" before and "out" after that, and finds out whether two
+ * threads were ever in it at the same time.
+ */
 #include <pthread.h>
 #include <unistd.h>
 
@@ -17,7 +20,9 @@ static int wait_in_hook(int milliseconds)
 #endif
 	if (__atomic_add_fetch(&inside, 1, __ATOMIC_SEQ_CST) > 1)
 		met = 1;
+	print_on_level(4, "in\n");
 	usleep((useconds_t)milliseconds * 1000);
+	print_on_level(4, "out\n");
 	__atomic_sub_fetch(&inside, 1, __ATOMIC_SEQ_CST);
 	return 0;
 }
