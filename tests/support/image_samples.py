@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import pb
 from gpurestore.images.container import encode_image
+from gpurestore.images.folder import ImageFolder
 from gpurestore.images.inventory import build_inventory
-from gpurestore.images.magic import KINDS
+from gpurestore.images.magic import KINDS, parse_file_name
 from gpurestore.images.manifest import PluginRecord
-from gpurestore.images.pagemap import PRESENT, write_pagemap
+from gpurestore.images.pagemap import PRESENT, read_pagemap, write_pagemap
 from gpurestore.images.writer import ImageWriter
 
 ROOT_PID = 4242
@@ -55,7 +56,8 @@ def messages(draw: st.DrawFn, kind: type[Message], depth: int = 3) -> Message:
             repeated = field.is_repeated
             values = draw(st.lists(_values(field, depth), max_size=2) if repeated else _values(field, depth))
             _set(message, field, values)
-    return message
+    result: Message = message
+    return result
 
 
 def _set(message: Any, field: Any, value: Any) -> None:
@@ -79,7 +81,7 @@ def core(comm: str, state: int = 1) -> pb.core_entry:
 
 def mm(*vmas: pb.vma_entry) -> pb.mm_entry:
     """An address space without meaning but for its areas."""
-    places = {field.name: 0 for field in pb.mm_entry.DESCRIPTOR.fields if field.name.startswith("mm_")}
+    places: dict[str, Any] = {field.name: 0 for field in pb.mm_entry.DESCRIPTOR.fields if field.name.startswith("mm_")}
     del places["mm_saved_auxv"]
     return pb.mm_entry(exe_file_id=1, vmas=vmas, **places)
 
@@ -137,3 +139,24 @@ def refusal(call: Callable[..., object], *args: object) -> str | None:
     except (ImageError, UsageError) as error:
         return str(error) if "\n" not in str(error) else f"several lines: {error}"
     return None
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def read_everything(path: Path) -> None:
+    """What a restore reads, and the checksums."""
+    with ImageFolder(path) as folder:
+        for name in folder.files():
+            match parse_file_name(name):
+                case None:
+                    os.close(folder.open_raw(name))
+                case kind, ident if kind.name == "ghost-file":
+                    folder.read_ghost(ident)
+                case kind, ident if kind.name == "pagemap":
+                    read_pagemap(folder, "pagemap", ident)
+                case kind, ident:
+                    folder.read_payloads(kind.name, ident)
+        folder.verify()
