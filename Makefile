@@ -41,7 +41,7 @@ lint: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	MYPYPATH=perf:tests $(PY) -m mypy --follow-imports=silent perf/*.py perf/cases/*.py
+	MYPYPATH=perf:tests $(PY) -m mypy --follow-imports=silent perf/*.py perf/cases/*.py tests/support/*.py
 	GPURESTORE_WERROR=1 $(PY) setup.py --quiet build_ext --force --build-temp build/lint --build-lib build/lint
 
 bench: build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -144,7 +144,7 @@ def check_strings(message: Message, name: str, offset: int) -> None:
 
 
 def _nested(message: Message, field: Any) -> Iterable[Message]:
-    value: Any = getattr(message, field.name)
-    if not isinstance(value, Message):
-        return cast(Iterable[Message], value)
-    return (value,) if message.HasField(field.name) else ()
+    value: Message | Iterable[Message] = getattr(message, field.name)
+    if isinstance(value, Message):
+        return (value,) if message.HasField(field.name) else ()
+    return value

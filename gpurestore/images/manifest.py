@@ -174,9 +174,13 @@ def _check_format(document: Mapping[str, Any]) -> None:
 
 def _get(document: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
     value = document.get(key)
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):  # type: ignore[operator]
+    if not isinstance(value, kind) or (kind is int and not _is_count(value)):
         _bad(f"member {key!r} is not a proper {kind.__name__}")
     return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _files(document: Mapping[str, Any]) -> dict[str, FileRecord]:

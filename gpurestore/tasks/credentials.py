@@ -8,6 +8,7 @@ none at all for what the restorer already has, so that an unprivileged user can 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpurestore.batch import Call, Data
@@ -94,9 +95,9 @@ def from_message(entry: pb.creds_entry) -> Credentials:
     )
 
 
-def _mask(words: object) -> int:
-    low, high, *_ = [*words, 0, 0]  # type: ignore[misc]
-    return int(low) | int(high) << 32
+def _mask(words: Iterable[int]) -> int:
+    low, high, *_ = [*words, 0, 0]
+    return low | high << 32
 
 
 def fill(entry: pb.creds_entry, creds: Credentials) -> None:

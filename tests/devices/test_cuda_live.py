@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_cuda import GPU_A, GPU_B, FakeCuda, build, driver_of, go, plain, wait_for
+from support.fake_cuda import GPU_A, GPU_B, FakeCuda, build, driver_of, go, plain
+from support.processes import wait_gone, wait_until
 from support.tool import Tool
 from support.victims import Compiler
 
@@ -118,7 +119,7 @@ def test_whatever_ends_a_dump_early_the_job_goes_on_with_its_device(
     tool.dump(pid, folder / "images", env={"GPURESTORE_FAULT": f"{point}:{fault}"})
     go(out)
     if fake.processes[-1].poll() is None and fault != "interrupt":
-        wait_for(lambda: fake.state(pid) == "0")
+        wait_until(lambda: fake.state(pid) == "0", "it runs again")
     if fault == "interrupt" and (folder / "images").exists():
         return  # it came too late: the dump is whole
     assert fake.processes[-1].wait(30) == 0
@@ -132,7 +133,7 @@ def test_what_was_locked_before_is_locked_again_when_the_dump_is_killed(
     pid = fake.start(steps=STEPS)
     Driver(str(fake.library)).lock(pid, 1000)
     tool.dump(pid, folder / "images", env={"GPURESTORE_FAULT": "dump.checkpointed:kill"})
-    wait_for(lambda: "restore" in successful(fake, pid) and fake.state(pid) == "1")
+    wait_until(lambda: "restore" in successful(fake, pid) and fake.state(pid) == "1", "it is locked again")
 
 
 @pytest.mark.parametrize("call", ["restore", "unlock"])
@@ -145,7 +146,7 @@ def test_a_restore_that_the_driver_refuses_leaves_nothing_and_can_be_repeated(
     dumped = (fake.folder / f"{pid}.state").read_text()
     outcome = tool.restore(folder / "images", env={"FAKE_CUDA_FAIL": f"{call}:2"}).expect(1)
     assert f"cuCheckpointProcess{call.title()}" in outcome.err
-    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    wait_gone([pid])
     # What the fake keeps in files is in the process's own memory otherwise, and died with it.
     (fake.folder / f"{pid}.state").write_text(dumped)
     (fake.folder / f"{pid}.device").unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from support.cuda_host import Host, driver_here, dump, restore, run, use_nvml
-from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, FakeNvml, build, plain, process, wait_for
+from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, FakeNvml, build, plain, process
+from support.processes import wait_until
 from support.victims import Compiler
 
 from gpurestore.devplugins.api import Declined, HookContext, Stage
@@ -89,7 +90,7 @@ def test_a_tree_that_goes_on_after_its_dump_gets_its_devices_back(fake: FakeCuda
     host.goes_on = True
     pid = fake.start()
     run(dump, host.plugin(Stage.DUMP), pid)
-    wait_for(lambda: fake.state(pid) == RUNNING)
+    wait_until(lambda: fake.state(pid) == RUNNING, "it runs again")
     assert [name for name, _, code in fake.calls() if not code] == ["lock", "checkpoint", "init", "restore", "unlock"]
 
 
@@ -116,7 +117,7 @@ def test_exit_says_so_when_it_cannot_give_back(fake: FakeCuda, host: Host) -> No
     plugin = host.plugin(Stage.DUMP)
     run(plugin.pause_devices, pid)
     os.kill(pid, 19)
-    wait_for(lambda: recognize.thread_is_stopped(pid, fake.thread(pid)))
+    wait_until(lambda: recognize.thread_is_stopped(pid, fake.thread(pid)), "its thread is stopped")
     with pytest.raises(NeedsPersonError, match=rf"CUDA of pid {pid} could not be given back.*is stopped"):
         plugin.exit(Stage.DUMP, -1)
 
@@ -185,7 +186,7 @@ def test_a_stopped_restore_thread_is_an_error_and_no_hang(fake: FakeCuda, host: 
     plugin = host.plugin(Stage.DUMP)
     run(plugin.pause_devices, pid)
     os.kill(pid, 19)
-    wait_for(lambda: recognize.thread_is_stopped(pid, fake.thread(pid)))
+    wait_until(lambda: recognize.thread_is_stopped(pid, fake.thread(pid)), "its thread is stopped")
     with pytest.raises(CudaError, match="cuCheckpointProcessCheckpoint"):
         run(plugin.checkpoint_devices, pid)
 

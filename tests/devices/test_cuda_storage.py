@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from support.cuda_host import Host, driver_here, dump, restore, run
-from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, build, driver_of, go, plain, wait_for
+from support.fake_cuda import GPU_A, GPU_B, FakeCuda, FakeGpu, build, driver_of, go, plain
+from support.processes import wait_until
 from support.tool import Tool
 from support.victims import Compiler
 
@@ -57,7 +58,7 @@ def facts(host: Host) -> dict[str, Any]:
 
 def test_device_memory_goes_into_images_and_comes_back_from_them(fake: FakeCuda, host: Host) -> None:
     pids = [fake.start(), fake.start(gpu=GPU_B)]
-    wait_for(lambda: all(any(content(fake, pid)) for pid in pids))
+    wait_until(lambda: all(any(content(fake, pid)) for pid in pids), "both have computed")
     run(dump, host.plugin(Stage.DUMP, storage="custom"), *pids)
     for pid, gpu in zip(pids, (GPU_A, GPU_B), strict=True):
         assert fake.state(pid) == "2"
@@ -84,7 +85,7 @@ def test_reading_begins_before_a_task_is_there(fake: FakeCuda, host: Host) -> No
         await plugin.post_forking()
 
     run(until_forked)
-    wait_for(lambda: plugin.custom.inflows[pid].read_bytes == 4096)
+    wait_until(lambda: plugin.custom.inflows[pid].read_bytes == 4096, "the image is read")
     assert fake.state(pid) == "2"
     run(plugin.resume_devices_late, pid)
     assert fake.state(pid) == "0"

@@ -8,8 +8,8 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from gpurestore.batch import Call
-from gpurestore.core import SLOT_BYTES, CallResult, Region
+from gpurestore.batch import Call, CallResult
+from gpurestore.core import SLOT_BYTES, Region
 from gpurestore.syscalls import NR
 from gpurestore.tasks import maps
 from support.memory_child import MAP_ANONYMOUS, MAP_PRIVATE, libc, map_memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from support.processes import become_subreaper
+from support.processes import become_subreaper, wait_until
 from support.tool import Tool
 
 SOURCES = Path(__file__).parent.parent / "devices"
@@ -62,7 +61,7 @@ class FakeCuda:
         if not wait:
             go(out)
         pid = self._popen([str(self.library.parent / "victim"), plain(gpu), str(steps), str(ms), str(out)])
-        wait_for(lambda: (self.folder / f"{pid}.state").exists())
+        wait_until(lambda: (self.folder / f"{pid}.state").exists(), "the driver knows the process")
         return pid
 
     def start_tree(self, *outs: Path, steps: int) -> int:
@@ -70,7 +69,7 @@ class FakeCuda:
         victim = self.library.parent / "victim"
         parts = [f"{victim} {plain(GPU_A)} {steps} 1 {out} &" for out in outs]
         pid = self._popen(["sh", "-c", " ".join([*parts, "wait"])])
-        wait_for(lambda: len(list(self.folder.glob("*.state"))) >= len(outs))
+        wait_until(lambda: len(list(self.folder.glob("*.state"))) >= len(outs), "the driver knows all processes")
         return pid
 
     def _popen(self, command: list[str]) -> int:
@@ -134,14 +133,6 @@ def go(out: Path) -> None:
     out.with_name(f"{out.name}.go").touch()
 
 
-def wait_for(condition: Any, timeout_s: float = 20) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.001)
-
-
 class FakeNvmlError(Exception):
     """What pynvml raises."""
 
@@ -183,47 +174,47 @@ class FakeNvml:
     def _refuse(*_: Any) -> Any:
         raise FakeNvmlError("Not Supported")
 
-    def nvmlInit(self) -> None:  # noqa: N802
+    def nvmlInit(self) -> None:
         self.open += 1
 
-    def nvmlShutdown(self) -> None:  # noqa: N802
+    def nvmlShutdown(self) -> None:
         self.open -= 1
 
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+    def nvmlSystemGetDriverVersion(self) -> str:
         return "580.65.06"
 
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+    def nvmlDeviceGetCount(self) -> int:
         return len(self.gpus)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
         return self.gpus[index]
 
-    def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu) -> Any:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu) -> Any:
         return SimpleNamespace(total=gpu.total, free=gpu.free)
 
-    def nvmlDeviceGetCudaComputeCapability(self, gpu: FakeGpu) -> tuple[int, int]:  # noqa: N802
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: FakeGpu) -> tuple[int, int]:
         return gpu.capability
 
-    def nvmlDeviceGetPciInfo(self, gpu: FakeGpu) -> Any:  # noqa: N802
+    def nvmlDeviceGetPciInfo(self, gpu: FakeGpu) -> Any:
         return SimpleNamespace(busId=b"00000000:01:00.0")
 
-    def nvmlDeviceGetMigMode(self, gpu: FakeGpu) -> list[int]:  # noqa: N802
+    def nvmlDeviceGetMigMode(self, gpu: FakeGpu) -> list[int]:
         return [int(gpu.mig), int(gpu.mig)]
 
-    def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:  # noqa: N802
+    def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:
         return gpu.uuid
 
-    def nvmlDeviceGetName(self, gpu: FakeGpu) -> str:  # noqa: N802
+    def nvmlDeviceGetName(self, gpu: FakeGpu) -> str:
         return gpu.model
 
-    def nvmlDeviceGetMinorNumber(self, gpu: FakeGpu) -> int:  # noqa: N802
+    def nvmlDeviceGetMinorNumber(self, gpu: FakeGpu) -> int:
         return gpu.minor
 
-    def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGpu) -> list[Any]:  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGpu) -> list[Any]:
         return gpu.processes
 
-    def nvmlDeviceGetMPSComputeRunningProcesses(self, gpu: FakeGpu) -> list[Any]:  # noqa: N802
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, gpu: FakeGpu) -> list[Any]:
         return gpu.mps
 
-    def nvmlDeviceGetTopologyCommonAncestor(self, first: FakeGpu, second: FakeGpu) -> int:  # noqa: N802
+    def nvmlDeviceGetTopologyCommonAncestor(self, first: FakeGpu, second: FakeGpu) -> int:
         return self.topology

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from support.processes import wait_until
 
 SCRIPT = Path(__file__).parent.parent / "gpu" / "train.py"
 STEPS = 200
@@ -89,13 +90,14 @@ class Jobs:
     @staticmethod
     def await_file(path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
         """Wait until a job has written ``path``."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not path.exists():
+
+        def written() -> bool:
             if process is not None and process.poll() not in (None, 0):
                 error = Path(f"{path.with_suffix('')}.err").read_text(errors="replace")
                 raise AssertionError(f"the job ended with {process.returncode}:\n{error}")
-            assert time.monotonic() < deadline, f"{path} did not come"
-            time.sleep(0.02)
+            return path.exists()
+
+        wait_until(written, f"{path} is written", PATIENCE_S)
 
     def end(self) -> None:
         """Kill and reap what is left."""

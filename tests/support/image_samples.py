@@ -153,9 +153,9 @@ def read_everything(path: Path) -> None:
             match parse_file_name(name):
                 case None:
                     os.close(folder.open_raw(name))
-                case kind, ident if kind.name == "ghost-file":
+                case kind, int(ident) if kind.name == "ghost-file":
                     folder.read_ghost(ident)
-                case kind, ident if kind.name == "pagemap":
+                case kind, int(ident) if kind.name == "pagemap":
                     read_pagemap(folder, "pagemap", ident)
                 case kind, ident:
                     folder.read_payloads(kind.name, ident)

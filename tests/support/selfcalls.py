@@ -87,7 +87,8 @@ def in_child(work: Callable[[], T]) -> T:
     assert raw, "the child died"
     good, value = pickle.loads(raw)
     assert good, value
-    return value
+    result: T = value
+    return result
 
 
 @dataclass

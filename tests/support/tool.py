@@ -117,9 +117,9 @@ class Tool:
         )
         return Running(self, process, words, log_file, time.monotonic())
 
-    def run(self, *arguments: str | Path, **options: object) -> Outcome:
-        """Run to the end."""
-        return self.start(*arguments, **options).wait()  # type: ignore[arg-type]
+    def run(self, *arguments: str | Path, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> Outcome:
+        """Run to the end, without a log."""
+        return self.start(*arguments, env=env, prefix=prefix).wait()
 
     def dump(self, pid: int, images: Path, *options: str, env: Mapping[str, str] | None = None) -> Outcome:
         """``gpurestore dump -t PID -D IMAGES``."""

@@ -53,6 +53,11 @@ def one_round(turn: int, pid: int, folder: Path) -> None:
     gpurestore.restore_sync(images, detached=True, serial=bool(turn % 2))
 
 
+def wait_for_step(wanted: int, folder: Path, pid: int) -> None:
+    """Until the job is as far as that, or has ended."""
+    processes.wait_until(lambda: steps(folder) >= wanted or not processes.alive(pid), f"step {wanted}", 120)
+
+
 def main() -> None:
     """All rounds."""
     folder, nr_steps, nr_rounds, seed = Path(sys.argv[1]), *map(int, sys.argv[2:5])
@@ -62,8 +67,7 @@ def main() -> None:
     job = start_job(folder, nr_steps)
     try:
         for turn in range(nr_rounds):
-            wanted = steps(folder) + draw.randrange(1, STEPS_BETWEEN)
-            processes.wait_until(lambda: steps(folder) >= wanted or not processes.alive(job.pid), "steps", 120)  # noqa: B023
+            wait_for_step(steps(folder) + draw.randrange(1, STEPS_BETWEEN), folder, job.pid)
             assert processes.alive(job.pid), f"the job ended in round {turn}: {(folder / 'log').read_text()}"
             time.sleep(draw.uniform(0, 0.01))  # anywhere inside a step
             one_round(turn, job.pid, folder)

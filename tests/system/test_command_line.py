@@ -40,8 +40,7 @@ def test_a_tree_that_is_left_running_can_be_dumped_again_and_again(tool: Tool, v
 def test_a_tree_that_is_left_stopped_goes_on_after_sigcont(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("pipes")
     tool.dump(victim.pid, folder / "images", "--leave-stopped").expect(0)
-    for pid in victim.pids:
-        processes.wait_until(lambda pid=pid: processes.state(pid) == "T", f"task {pid} is stopped")  # type: ignore[misc]
+    processes.wait_until(lambda: {processes.state(pid) for pid in victim.pids} == {"T"}, "every task is stopped")
     for pid in victim.pids:
         os.kill(pid, signal.SIGCONT)
     victim.expect_running()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+from support.processes import wait_until
 
 import gpurestore
 from gpurestore.cli import COMMANDS, build_parser, main
@@ -127,7 +127,7 @@ def previewed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, dict[str, Any
         return SimpleNamespace(text=f"plan of {folder}\n", graph=Graph({Node("fork"): ()}))
 
     module = ModuleType("gpurestore.pipeline.preview")
-    module.preview = preview  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "preview", preview, raising=False)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
 
@@ -244,8 +244,7 @@ def test_a_signal_cancels_the_operation_after_its_cleanup(
     dump.wait_forever = True
 
     def interrupt() -> None:
-        while not dump.calls:
-            time.sleep(0.001)
+        wait_until(lambda: bool(dump.calls), "the operation is under way")
         os.kill(os.getpid(), number)
 
     helper = threading.Thread(target=interrupt)
@@ -294,7 +293,7 @@ def test_the_public_names_are_there_and_others_are_not() -> None:
     assert gpurestore.GpurestoreError is GpurestoreError
     assert "dump" in dir(gpurestore)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        gpurestore.nothing  # noqa: B018
+        _ = gpurestore.nothing
 
 
 def test_one_commands_parser_is_that_of_the_whole_command_line() -> None:

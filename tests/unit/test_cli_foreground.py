@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import state, wait_until
 
 CHILD = """
 import os, signal, sys, time
@@ -49,17 +49,6 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-
-
-def wait_for_state(pid: int, wanted: str) -> None:
-    deadline = time.monotonic() + 10
-    while state(pid) not in wanted:
-        assert time.monotonic() < deadline, f"pid {pid} is {state(pid)}, not {wanted}"
-        time.sleep(0.005)
-
-
 def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
@@ -86,19 +75,22 @@ def test_a_tree_that_is_killed_shows_as_killed(front: subprocess.Popen[str]) -> 
 def test_we_stop_with_the_tree_and_wake_it_when_woken(front: subprocess.Popen[str]) -> None:
     child = child_of(front.pid)
     os.kill(child, signal.SIGSTOP)
-    wait_for_state(front.pid, "T")
+    wait_until(lambda: state(front.pid) == "T", "we are stopped")
     front.send_signal(signal.SIGCONT)
-    wait_for_state(child, "SR")
+    wait_until(lambda: state(child) in ("S", "R"), "the tree runs")
     front.send_signal(signal.SIGTERM)
     assert front.wait() == 7
 
 
 def test_a_signal_that_came_before_the_tree_was_there_is_not_lost() -> None:
-    script = PARENT.replace("    pid =", "    os.kill(os.getpid(), 10)\n    import time; time.sleep(0.05)\n    pid =")
+    script = PARENT.replace("    pid =", "    os.kill(os.getpid(), signal.SIGUSR1)\n    pid =")
     script = script.replace("import subprocess", "import signal, subprocess")
-    script = script.replace("    sys.exit", "    time.sleep(1)\n    sys.exit")
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    # Only a tree that has its handlers can say what it got.
+    script = script.replace("    sys.exit", "    sys.stdin.readline()\n    sys.exit")
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert line(process) == "ready\n"
+    assert process.stdin is not None
+    process.stdin.close()
     assert line(process) == "got SIGUSR1\n"
     process.terminate()
     assert process.wait() == 7

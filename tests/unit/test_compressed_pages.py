@@ -6,7 +6,10 @@ import ctypes
 import os
 import threading
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -148,21 +151,17 @@ def test_several_threads_share_the_chunks(folder: Path) -> None:
         assert read(child, start, nr) == pattern(start, nr)
 
 
-class images_file:  # noqa: N801 - a context manager
-    def __init__(self, images: ImageFolder, name: str) -> None:
-        self._fd = images.open_raw(name)
-
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+@contextmanager
+def images_file(images: ImageFolder, name: str) -> Iterator[int]:
+    fd = images.open_raw(name)
+    yield fd
+    os.close(fd)
 
 
 steps = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300)), min_size=1, max_size=30)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps, st.sampled_from(["lz4", "zstd:19"]), st.booleans())
 def test_every_page_of_an_object_arrives_in_the_right_place(
     tmp_path_factory: pytest.TempPathFactory, found: list[tuple[int, int]], method: str, two_parts: bool
@@ -311,8 +310,8 @@ def test_a_restore_that_is_cancelled_under_way_stops_at_the_next_chunk(
         dump(folder, child, "lz4", area(start, nr))
         put = compressed.CompressedPages._put
 
-        def put_and_cancel(self: compressed.CompressedPages, *args: object) -> None:
-            put(self, *args)  # type: ignore[arg-type]
+        def put_and_cancel(self: compressed.CompressedPages, *args: Any) -> None:
+            put(self, *args)
             cancel.set()
 
         monkeypatch.setattr(compressed.CompressedPages, "_put", put_and_cancel)

@@ -232,7 +232,7 @@ def test_files_of_other_makers_and_of_later_versions_are_told_apart() -> None:
         read_all(image("zstd"), "lz4")
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(["lz4", "zstd"]),
     st.one_of(st.binary(max_size=200), st.integers(0, 400).map(lambda n: frame_of("zstd", bytes(PAGE))[:n])),
@@ -245,7 +245,7 @@ def test_whatever_is_in_a_frame_ends_in_an_image_error_or_a_chunk(method: str, f
         pass
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_damage_to_several_bytes_is_found(data: Any) -> None:
     content = bytearray(SMALL)

@@ -6,71 +6,31 @@ import fcntl
 import json
 import mmap
 import os
-import signal
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.file_child import FileChild
 
-from gpurestore.errors import Finding, GpurestoreError, ImageError
+from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.tasks import fdinfo, fs, ids, maps, mounts, regfiles
 from gpurestore.tasks.descriptors import FileTable
 from gpurestore.tasks.filefacts import FileFacts, PipeOwner
 
-core = pytest.importorskip("gpurestore.core", reason="the C core is not built")
-
-
-@dataclass
-class Child:
-    """A forked process that stands for a frozen task."""
-
-    pid: int
-    pidfd: int
-    zombie: bool = False
-    threads: tuple = ()
-
-    def read_memory(self, address: int, size: int) -> bytes:
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as mem:
-            try:
-                data = os.pread(mem.fileno(), size, address)
-            except OSError as error:
-                raise GpurestoreError(str(error)) from error
-        if len(data) != size:
-            raise GpurestoreError("short")
-        return data
-
 
 @pytest.fixture
-def fork() -> Iterator[object]:
-    children: list[Child] = []
+def fork() -> Iterator[Callable[[set[int]], FileChild]]:
+    children: list[FileChild] = []
 
-    def make(keep: set[int]) -> Child:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for name in os.listdir("/proc/self/fd"):
-                    if int(name) not in keep:
-                        try:
-                            os.close(int(name))
-                        except OSError:
-                            pass
-                signal.pause()
-            finally:
-                os._exit(0)
-        child = Child(pid, os.pidfd_open(pid))
-        while {int(name) for name in os.listdir(f"/proc/{pid}/fd")} != keep:
-            os.sched_yield()
-        children.append(child)
-        return child
+    def make(keep: set[int]) -> FileChild:
+        children.append(FileChild.start(keep))
+        return children[-1]
 
     yield make
     for child in children:
-        os.kill(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-        os.close(child.pidfd)
+        child.end()
 
 
 class Writer:
@@ -92,7 +52,7 @@ class Writer:
         return fd
 
 
-def dump(children: list[Child]) -> tuple[FileTable, list[list[pb.fdinfo_entry]], list[Finding]]:
+def dump(children: list[FileChild]) -> tuple[FileTable, list[list[pb.fdinfo_entry]], list[Finding]]:
     findings: list[Finding] = []
     table = FileTable(findings)
     entries = [table.add_descriptors(child) for child in children]

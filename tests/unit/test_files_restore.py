@@ -10,134 +10,31 @@ import stat
 import struct
 import termios
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import image_samples
+from support.file_child import FileLife
 
 from gpurestore.batch import Call, Data
 from gpurestore.core import Cancel
-from gpurestore.errors import CancelledError, Finding, GpurestoreError, ImageError
+from gpurestore.errors import CancelledError, GpurestoreError, ImageError
 from gpurestore.images import pb
+from gpurestore.images.container import encode_image
+from gpurestore.images.magic import KINDS
 from gpurestore.syscalls import NR
 from gpurestore.tasks import filelocks, fs, regfiles
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
-
-core = pytest.importorskip("gpurestore.core", reason="the C core is not built")
-
-from gpurestore.images.container import encode_image  # noqa: E402
-from gpurestore.images.folder import ImageFolder  # noqa: E402
-from gpurestore.images.inventory import build_inventory  # noqa: E402
-from gpurestore.images.magic import KINDS  # noqa: E402
-from gpurestore.images.writer import ImageWriter  # noqa: E402
-from gpurestore.tasks import memory  # noqa: E402
-from gpurestore.tasks.descriptors import FileTable  # noqa: E402
-from gpurestore.tasks.stagedfiles import StagedFiles  # noqa: E402
-
-_OPENED: list[ImageFolder] = []
-
-
-def open_folder(path: Path) -> ImageFolder:
-    """An image folder that is closed after the test."""
-    _OPENED.append(ImageFolder(path))
-    return _OPENED[-1]
-
-
-@pytest.fixture(autouse=True)
-def _close_folders() -> Iterator[None]:
-    yield
-    while _OPENED:
-        _OPENED.pop().close()
-
-
-@dataclass
-class Task:
-    """A process that only waits, and stands for a frozen task."""
-
-    pid: int
-    pidfd: int
-    zombie: bool = False
-
-
-@dataclass
-class Round:
-    """Dumps descriptors of a child into a folder, ends the child, and stages what the folder holds."""
-
-    path: Path
-    staged: list[StagedFiles] = field(default_factory=list)
-
-    def dump(self, keep: set[int]) -> ImageFolder:
-        gate_out, gate_in = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for name in os.listdir("/proc/self/fd"):
-                    if int(name) not in keep | {gate_out}:
-                        try:
-                            os.close(int(name))
-                        except OSError:
-                            pass
-                os.read(gate_out, 1)
-            finally:
-                os._exit(0)
-        os.close(gate_out)
-        task = Task(pid, os.pidfd_open(pid))
-        # The child has closed its copy of the gate's writing end when only its own descriptors are left.
-        while len(os.listdir(f"/proc/{pid}/fd")) > len(keep) + 1:
-            os.sched_yield()
-        try:
-            self._write(task, gate_out)
-        finally:
-            os.close(gate_in)
-            os.waitpid(pid, 0)
-            os.close(task.pidfd)
-        return open_folder(self.path)
-
-    def _write(self, task: Task, gate: int) -> None:
-        findings: list[Finding] = []
-        table = FileTable(findings)
-        try:
-            entries = table.add_descriptors(task)
-            mm = pb.mm_entry(exe_file_id=table.add_exe(task))
-            for name in (
-                "start_code end_code start_data end_data start_stack start_brk brk arg_start arg_end env_start env_end"
-            ).split():
-                setattr(mm, f"mm_{name}", 0)
-            fs_entry = fs.collect(task, table)
-            table.finish()
-            # The gate leads out of the tree, as it must.
-            assert [f.where for f in findings] == [f"pid {task.pid}, fd {gate}"]
-            with ImageWriter(self.path) as writer:
-                pages_ids = iter(range(1, 100))
-                table.write(writer, lambda i, fd, size: memory.save_object(writer, i, fd, size, next(pages_ids)))
-                ids = pb.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1)
-                writer.write("inventory", [build_inventory(ids)])
-                writer.write("ids", [ids], task.pid)
-                writer.write("pstree", [pb.pstree_entry(pid=task.pid, ppid=0, pgid=1, sid=1, threads=[task.pid])])
-                writer.write("mm", [mm], task.pid)
-                writer.write("fs", [fs_entry], task.pid)
-                writer.write("fdinfo", [e for e in entries if e.fd != gate], 1)
-                writer.commit(sync=False)
-        finally:
-            table.close()
-
-    def stage(self, folder: ImageFolder) -> StagedFiles:
-        staged = StagedFiles(folder)
-        assert staged.check() == []
-        self.staged.append(staged)
-        staged.open_all(500)
-        return staged
+from gpurestore.tasks.stagedfiles import StagedFiles
 
 
 @pytest.fixture
-def life(tmp_path: Path) -> Iterator[Round]:
-    result = Round(tmp_path / "images")
+def life(tmp_path: Path) -> Iterator[FileLife]:
+    result = FileLife(tmp_path / "images")
     yield result
-    for staged in result.staged:
-        staged.close()
+    result.end()
 
 
 def table_of(staged: StagedFiles) -> dict[int, int]:
@@ -150,7 +47,7 @@ def flags_of(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_GETFL)
 
 
-def test_regular_files_come_back_with_position_and_flags(life: Round, tmp_path: Path) -> None:
+def test_regular_files_come_back_with_position_and_flags(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
     plain = os.open(path, os.O_RDONLY)
@@ -168,7 +65,7 @@ def test_regular_files_come_back_with_position_and_flags(life: Round, tmp_path: 
     assert not any(os.get_inheritable(fd) for fd in now.values())
 
 
-def test_an_unlinked_file_comes_back_shared_and_nameless(life: Round, tmp_path: Path) -> None:
+def test_an_unlinked_file_comes_back_shared_and_nameless(life: FileLife, tmp_path: Path) -> None:
     directory = tmp_path / "data"
     directory.mkdir()
     path = directory / "gone"
@@ -196,7 +93,7 @@ def test_an_unlinked_file_comes_back_shared_and_nameless(life: Round, tmp_path: 
         os.write(now[other], b"x")
 
 
-def test_pipes_come_back_with_data_size_and_ends(life: Round) -> None:
+def test_pipes_come_back_with_data_size_and_ends(life: FileLife) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, 1031, 1 << 18)
     os.write(writer, b"x" * 100_000)
@@ -214,7 +111,7 @@ def test_pipes_come_back_with_data_size_and_ends(life: Round) -> None:
     assert os.read(now[reader], 1 << 20) == b"more"
 
 
-def test_a_pipe_without_writer_ends_when_its_data_does(life: Round) -> None:
+def test_a_pipe_without_writer_ends_when_its_data_does(life: FileLife) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"last words")
     os.close(writer)
@@ -225,7 +122,7 @@ def test_a_pipe_without_writer_ends_when_its_data_does(life: Round) -> None:
     os.close(reader)
 
 
-def test_packets_come_back_as_packets(life: Round) -> None:
+def test_packets_come_back_as_packets(life: FileLife) -> None:
     reader, writer = os.pipe2(os.O_DIRECT)
     for packet in (b"one", b"two", b"a third"):
         os.write(writer, packet)
@@ -237,7 +134,7 @@ def test_packets_come_back_as_packets(life: Round) -> None:
     os.close(writer)
 
 
-def test_fifos_come_back_with_their_data(life: Round, tmp_path: Path) -> None:
+def test_fifos_come_back_with_their_data(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -254,7 +151,7 @@ def test_fifos_come_back_with_their_data(life: Round, tmp_path: Path) -> None:
     assert pending[0] == 1
 
 
-def test_a_removed_fifo_comes_back(life: Round, tmp_path: Path) -> None:
+def test_a_removed_fifo_comes_back(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -269,7 +166,7 @@ def test_a_removed_fifo_comes_back(life: Round, tmp_path: Path) -> None:
     os.close(writer)
 
 
-def test_eventfds_come_back(life: Round) -> None:
+def test_eventfds_come_back(life: FileLife) -> None:
     fd = os.eventfd(3, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
     folder = life.dump({fd})
     now = table_of(life.stage(folder))
@@ -279,7 +176,7 @@ def test_eventfds_come_back(life: Round) -> None:
     os.close(fd)
 
 
-def test_the_content_of_a_memfd_can_be_cancelled_and_leaves_nothing_open(life: Round) -> None:
+def test_the_content_of_a_memfd_can_be_cancelled_and_leaves_nothing_open(life: FileLife) -> None:
     fd = os.memfd_create("large")
     os.write(fd, b"x" * (1 << 20))
     folder = life.dump({fd})
@@ -293,7 +190,7 @@ def test_the_content_of_a_memfd_can_be_cancelled_and_leaves_nothing_open(life: R
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_memfds_come_back_with_content_and_seals(life: Round) -> None:
+def test_memfds_come_back_with_content_and_seals(life: FileLife) -> None:
     fd = os.memfd_create("scratch", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, 1 << 20)
     os.pwrite(fd, b"content", 70_000)
@@ -318,7 +215,7 @@ def test_memfds_come_back_with_content_and_seals(life: Round) -> None:
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="/dev/shm cannot be written")
-def test_shared_memory_files_are_put_back_when_missing_or_changed(life: Round) -> None:
+def test_shared_memory_files_are_put_back_when_missing_or_changed(life: FileLife) -> None:
     path = Path(f"/dev/shm/gpurestore-test-{os.getpid()}")
     try:
         path.write_bytes(bytes(8192) + b"shared" + bytes(8192))
@@ -348,7 +245,7 @@ def test_shared_memory_files_are_put_back_when_missing_or_changed(life: Round) -
         path.unlink(missing_ok=True)
 
 
-def test_character_devices_and_directories_come_back(life: Round, tmp_path: Path) -> None:
+def test_character_devices_and_directories_come_back(life: FileLife, tmp_path: Path) -> None:
     null, zero = os.open("/dev/null", os.O_RDWR), os.open("/dev/zero", os.O_RDONLY)
     directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     handle = os.open(tmp_path, os.O_PATH)
@@ -360,7 +257,7 @@ def test_character_devices_and_directories_come_back(life: Round, tmp_path: Path
     assert flags_of(now[handle]) == flags_of(handle)
 
 
-def test_flock_is_taken_again_and_a_foreign_one_ends_the_restore(life: Round, tmp_path: Path) -> None:
+def test_flock_is_taken_again_and_a_foreign_one_ends_the_restore(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "lock"
     fd = os.open(path, os.O_CREAT | os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -373,7 +270,7 @@ def test_flock_is_taken_again_and_a_foreign_one_ends_the_restore(life: Round, tm
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_everything_that_changed_is_found_at_once(life: Round, tmp_path: Path) -> None:
+def test_everything_that_changed_is_found_at_once(life: FileLife, tmp_path: Path) -> None:
     longer, missing, other = tmp_path / "longer", tmp_path / "missing", tmp_path / "other"
     fds = set()
     for path in (longer, missing, other):
@@ -390,7 +287,7 @@ def test_everything_that_changed_is_found_at_once(life: Round, tmp_path: Path) -
     assert "other: is a FIFO now and was a regular file" in text
 
 
-def test_a_log_that_grew_is_no_obstacle(life: Round, tmp_path: Path) -> None:
+def test_a_log_that_grew_is_no_obstacle(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "log"
     fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.write(fd, b"line\n")
@@ -400,7 +297,7 @@ def test_a_log_that_grew_is_no_obstacle(life: Round, tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_numbers_can_be_planned_without_opening_anything(life: Round, tmp_path: Path) -> None:
+def test_numbers_can_be_planned_without_opening_anything(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"")
     fd = os.open(path, os.O_RDONLY)
@@ -451,7 +348,7 @@ def test_nothing_is_created_or_cut_by_opening() -> None:
     assert flags == os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
 
 
-def test_posix_locks_and_signal_owners_are_left_to_the_task(life: Round, tmp_path: Path) -> None:
+def test_posix_locks_and_signal_owners_are_left_to_the_task(life: FileLife, tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
     fcntl.fcntl(fd, 10, 12)
     fcntl.fcntl(fd, 15, struct.pack("=ii", 1, os.getpid()))
@@ -480,7 +377,7 @@ def test_the_way_to_another_root_is_planned() -> None:
     ]
 
 
-def test_a_damaged_ghost_is_named(life: Round, tmp_path: Path) -> None:
+def test_a_damaged_ghost_is_named(life: FileLife, tmp_path: Path) -> None:
     path = tmp_path / "gone"
     fd = os.open(path, os.O_CREAT | os.O_RDWR)
     os.write(fd, b"x" * 20_000)
@@ -492,50 +389,48 @@ def test_a_damaged_ghost_is_named(life: Round, tmp_path: Path) -> None:
         StagedFiles(folder).check()
 
 
-def rewrite(path: Path, kind: str, messages: list) -> ImageFolder:
-    """Replace an image, and drop the manifest that would notice."""
-    image_samples.like_criu(path)
-    (path / KINDS[kind].file_name()).write_bytes(encode_image(KINDS[kind], messages))
-    return open_folder(path)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_the_numbers_in_an_image_it_is_an_error_or_a_stage(tmp_path_factory, data) -> None:
     path = tmp_path_factory.mktemp("life")
-    life = Round(path / "images")
     (path / "file").write_bytes(b"content")
-    regular = os.open(path / "file", os.O_RDONLY)
-    reader, writer = os.pipe()
-    event = os.eventfd(0)
-    memory_file = os.memfd_create("m")
+    life = FileLife(path / "images")
     try:
-        entries = life.dump({regular, reader, writer, event, memory_file}).read("files")
+        entries = some_of_each_kind(life, path / "file")
+        twist_a_number(data, data.draw(st.sampled_from(entries)))
+        image_samples.like_criu(life.path)  # there is no manifest that would notice
+        (life.path / "files.img").write_bytes(encode_image(KINDS["files"], entries))
+        try:
+            staged = StagedFiles(life.open())
+            if staged.check():
+                return
+            staged.open_all(500)
+        except GpurestoreError:
+            return
+        (pid,) = staged.uses.tables
+        try:
+            staged.plan_late(pid)
+        except ImageError:
+            pass
+        staged.close()
     finally:
-        for fd in (regular, reader, writer, event, memory_file):
+        life.end()
+
+
+def some_of_each_kind(life: FileLife, path: Path) -> list[pb.file_entry]:
+    reader, writer = os.pipe()
+    fds = {os.open(path, os.O_RDONLY), reader, writer, os.eventfd(0), os.memfd_create("m")}
+    try:
+        return life.dump(fds).read("files")
+    finally:
+        for fd in fds:
             os.close(fd)
-    entry = data.draw(st.sampled_from(entries))
+
+
+def twist_a_number(data, entry: pb.file_entry) -> None:
+    names = ("flags", "pos", "pipe_id", "counter", "inode_id", "mode", "size")
     (body,) = [value for field, value in entry.ListFields() if field.message_type is not None]
-    fields = [
-        field
-        for field in body.DESCRIPTOR.fields
-        if field.name in ("flags", "pos", "pipe_id", "counter", "inode_id", "mode", "size")
-    ]
-    chosen = data.draw(st.sampled_from(fields))
+    chosen = data.draw(st.sampled_from([field for field in body.DESCRIPTOR.fields if field.name in names]))
     bits = 32 if chosen.cpp_type == chosen.CPPTYPE_UINT32 else 64
     setattr(body, chosen.name, data.draw(st.integers(0, (1 << bits) - 1)))
     body.fown.pid = data.draw(st.sampled_from([0, 1, (1 << 32) - 1]))
-    folder = rewrite(life.path, "files", entries)
-    try:
-        staged = StagedFiles(folder)
-        if staged.check():
-            return
-        staged.open_all(500)
-    except GpurestoreError:
-        return
-    (pid,) = staged.uses.tables
-    try:
-        staged.plan_late(pid)
-    except ImageError:
-        pass
-    staged.close()

@@ -236,7 +236,7 @@ def born(memory: dict[int, int], mm: pb.mm_entry, found: inherited.Inherited | N
     return dropped(memory, found.plan_drop() if found else ())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(families())
 def test_every_task_sees_what_the_dump_saw(family: Family) -> None:
     with TemporaryDirectory() as name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpurestore.errors import Finding
@@ -18,9 +20,9 @@ REGULAR, PRIVATE, SHARED, ANONYMOUS = (
 DISK = (0xFE, 0)
 
 
-def vma(path: str = "", *flags: str, shared: bool = False, **more: object) -> Vma:
-    facts: dict[str, object] = {"offset": 0, "dev": (0, 0), "ino": 0, "deleted": False, "prot": 3, **more}
-    return Vma(start=0x1000, end=0x3000, shared=shared, path=path, flags=frozenset(flags), **facts)  # type: ignore[arg-type]
+def vma(path: str = "", *flags: str, shared: bool = False, **more: Any) -> Vma:
+    facts: dict[str, Any] = {"offset": 0, "dev": (0, 0), "ino": 0, "deleted": False, "prot": 3, **more}
+    return Vma(start=0x1000, end=0x3000, shared=shared, path=path, flags=frozenset(flags), **facts)
 
 
 def shmem(path: str, *flags: str, shared: bool = True) -> Vma:

@@ -256,7 +256,7 @@ def test_no_huge_pages_where_they_are_switched_off(folder: Path, place: int, bit
 some_runs = st.lists(st.tuples(st.sampled_from([0, 1, 3, 40]), st.integers(1, 900)), min_size=1, max_size=20)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some_runs, st.integers(1, 9 << 20), st.integers(1, 512), st.lists(st.integers(0, 12), unique=True))
 def test_every_page_arrives_whatever_becomes_huge(
     tmp_path_factory: pytest.TempPathFactory, steps: Runs, chunk_bytes: int, min_pages: int, kept: list[int]

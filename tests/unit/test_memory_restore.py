@@ -112,7 +112,7 @@ def region() -> Iterator[Region]:
 sparse_runs = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 700)), min_size=1, max_size=40)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sparse_runs, st.integers(1, 3 * MIB))
 def test_every_page_arrives_at_its_address(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]], chunk_bytes: int
@@ -246,7 +246,6 @@ some_entries = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(st.one_of(some_entries, some_entries.map(sorted)), neighbouring_ranges(), st.integers(0, 40))
 def test_exactly_what_fits_is_accepted(
     entries: list[tuple[int, int, int]], ranges: list[tuple[int, int, int]], file_pages: int
@@ -267,7 +266,6 @@ COLUMNS = ((0, "Q", PAGE), (1, "Q", 1), (2, "I", 1))
 any_u64 = st.integers(0, (1 << 64) - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(any_u64, any_u64), max_size=4), any_u64, any_u64, any_u64)
 def test_no_number_makes_the_queue_wrap_around(
     entries: list[tuple[int, int]], end: int, file_bytes: int, chunk_bytes: int

@@ -407,9 +407,9 @@ def test_shared_memory_is_found_once_however_many_show_it(folder: Path) -> None:
 
     class Ourselves:
         def ask(self, calls: Sequence[Call]) -> list[CallResult]:
-            (call,) = calls
-            answer = ctypes.create_string_buffer(call.args[2].size)  # type: ignore[union-attr]
-            assert libc.mincore(ctypes.c_void_p(call.args[0]), ctypes.c_size_t(call.args[1]), answer) == 0  # type: ignore[arg-type]
+            ((_, (address, size, out), *_),) = calls
+            answer = ctypes.create_string_buffer(out.size)
+            assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), answer) == 0
             return [CallResult(0, (answer.raw,))]
 
     tasks = {os.getpid(): Ourselves(), -1: Ourselves()}

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import ballast
+import cases
+import plot
 import pytest
-
-PERF = Path(__file__).parents[2] / "perf"
-sys.path.insert(0, str(PERF))
-
-import ballast  # noqa: E402
-import cases  # noqa: E402
-import plot  # noqa: E402
-import report  # noqa: E402
-from suite import Outcome  # noqa: E402
-from tools import Gpurestore, read_stats  # noqa: E402
+import report
+from suite import Outcome
+from tools import Gpurestore, read_stats
 
 FACTS = {"cpu": "a processor", "cores": 2}
 
