@@ -77,63 +77,37 @@ class _Cancelled:
 class Devices:
     """The plugins of a dump or a restore, loaded for its duration by :meth:`session`."""
 
-    def __init__(self, settings: PluginSettings, spans: Trace, context: HookContext, is_cancelled: _Cancelled) -> None:
-        self._host = PluginHost(settings.libdir, settings.options, settings.hook_timeout_s)
-        self._spans, self._context, self._is_cancelled = spans, context, is_cancelled
-        self._tracers: list[core.Tracer] = []
-
-    def use_tracer(self, tracer: core.Tracer) -> None:
-        """Whoever holds the tasks of a restore: it is made after the plugins were loaded."""
-        self._tracers[:] = [tracer]
-
-    @classmethod
-    def for_dump(
-        cls,
+    def __init__(
+        self,
+        stage: Stage,
         settings: PluginSettings,
         spans: Trace,
         blocking: Blocking,
-        tracer: core.Tracer,
-        writer: ImageWriter,
+        images: ImageWriter | ImageFolder,
         *,
-        tree_goes_on: bool,
         jobs: int,
-    ) -> Devices:
-        """Plugins that write their images beside ours."""
-        tracers = [tracer]
-        is_cancelled = _Cancelled(blocking.cancel)
-        context = HookContext(
-            stage=Stage.DUMP,
-            images_dir=writer.path,
-            images_dir_fd=writer.dir_fd,
-            open_image=writer.open_raw,
-            running_thread=_running_thread(blocking, tracers),
+        tree_goes_on: bool = False,
+    ) -> None:
+        """Their images lie beside ours: at dump they write them there, at restore they read what they wrote."""
+        self._host = PluginHost(settings.libdir, settings.options, settings.hook_timeout_s)
+        self._spans = spans
+        self._is_cancelled = _Cancelled(blocking.cancel)
+        self._tracers: list[core.Tracer] = []
+        self._context = HookContext(
+            stage=stage,
+            images_dir=images.path,
+            images_dir_fd=images.dir_fd,
+            open_image=images.open_raw,
+            running_thread=_running_thread(blocking, self._tracers),
             span=spans.span,
-            is_cancelled=is_cancelled,
+            is_cancelled=self._is_cancelled,
             tree_goes_on=tree_goes_on,
             jobs=jobs,
         )
-        return cls(settings, spans, context, is_cancelled)
 
-    @classmethod
-    def for_restore(
-        cls, settings: PluginSettings, spans: Trace, blocking: Blocking, folder: ImageFolder, *, jobs: int
-    ) -> Devices:
-        """Plugins that read what they wrote at the dump."""
-        tracers: list[core.Tracer] = []
-        is_cancelled = _Cancelled(blocking.cancel)
-        context = HookContext(
-            stage=Stage.RESTORE,
-            images_dir=folder.path,
-            images_dir_fd=folder.dir_fd,
-            open_image=folder.open_raw,
-            running_thread=_running_thread(blocking, tracers),
-            span=spans.span,
-            is_cancelled=is_cancelled,
-            jobs=jobs,
-        )
-        devices = cls(settings, spans, context, is_cancelled)
-        devices._tracers = tracers
-        return devices
+    def use_tracer(self, tracer: core.Tracer) -> None:
+        """Whoever holds the tasks. A restore has it only after the plugins were loaded."""
+        self._tracers[:] = [tracer]
 
     @asynccontextmanager
     async def session(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from gpurestore import core, faults
+from gpurestore.devplugins.api import Stage
 from gpurestore.devplugins.host import result_of
 from gpurestore.errors import (
     CancelledError,
@@ -162,15 +163,9 @@ class _Dump:
         with core.Tracer() as tracer, ImageWriter(images_dir, direct_io=self._storage.direct_io) as writer:
             writer.root_pid = self._pid
             writer.crew = self._storage.crew
-            devices = Devices.for_dump(
-                plugins,
-                self._spans,
-                blocking,
-                tracer,
-                writer,
-                tree_goes_on=self._after is not _After.KILL,
-                jobs=self._jobs,
-            )
+            goes_on = self._after is not _After.KILL
+            devices = Devices(Stage.DUMP, plugins, self._spans, blocking, writer, jobs=self._jobs, tree_goes_on=goes_on)
+            devices.use_tracer(tracer)
             async with devices.session():
                 image_bytes = await self._dump(blocking, tracer, writer, devices)
         path = critical_stages(self._spans.spans)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from gpurestore import core, faults
+from gpurestore.devplugins.api import Stage
 from gpurestore.errors import CancelledError
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.magic import is_pages_file
@@ -92,7 +93,7 @@ async def restore(
     async with operation(progress, trace) as (blocking, spans):
         with ImageFolder(images_dir) as folder:
             nr_jobs = jobs or memory.default_jobs()
-            devices = Devices.for_restore(plugins or PluginSettings(), spans, blocking, folder, jobs=nr_jobs)
+            devices = Devices(Stage.RESTORE, plugins or PluginSettings(), spans, blocking, folder, jobs=nr_jobs)
             walk = Walk(spans, graph.head([], verify=verify), serial=serial)
             if progress is not None:
                 progress.waiting = walk.waiting
