@@ -40,7 +40,8 @@ class Blocking:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
             try:
-                result = Value(await trio.to_thread.run_sync(partial(call, *args), limiter=self._threads))
+                name = _name(call)
+                result = Value(await trio.to_thread.run_sync(call, *args, thread_name=name, limiter=self._threads))
             except Exception as error:
                 result = Error(error)
             ended = True
@@ -58,3 +59,10 @@ class Blocking:
         async with trio.open_nursery() as nursery:
             for call in calls:
                 nursery.start_soon(one, call)
+
+
+def _name(call: Callable[..., object]) -> str:
+    """What ``ps -L`` and ``top -H`` show of a thread: what it runs."""
+    while isinstance(call, partial):
+        call = call.func
+    return f"gr-{getattr(call, '__name__', 'call').strip('_')}"

@@ -101,3 +101,13 @@ def test_the_trace_is_written_although_the_operation_fails(tmp_path: Path) -> No
     with pytest.raises(GpurestoreError, match="failed"):
         trio.run(main)
     assert '"stage"' in (tmp_path / "trace.json").read_text()
+
+
+def test_a_thread_is_named_after_what_it_runs() -> None:
+    def own_name() -> str:
+        return Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text().strip()
+
+    async def ask() -> list[str]:
+        return [await Blocking().run(own_name), await Blocking().run(partial(own_name))]
+
+    assert trio.run(ask) == ["gr-own_name", "gr-own_name"]
