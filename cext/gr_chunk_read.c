@@ -1,4 +1,3 @@
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -17,9 +16,9 @@ struct start {
 };
 
 struct gr_chunk_reader {
-	struct gr_chunk_source source;
+	struct gr_pages_source source;
+	struct gr_opened_source opened;
 	struct gr_runs_view runs;
-	int mem_fd;
 	uint64_t nr_chunks;
 	uint32_t chunk_pages;
 	struct start *starts;
@@ -79,7 +78,7 @@ static unsigned int list_pieces(const struct gr_chunk_reader *reader, uint64_t i
 int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *buffer, struct gr_page_runs *left,
 		  struct gr_error *err)
 {
-	const struct gr_chunk_source *source = &reader->source;
+	const struct gr_pages_source *source = &reader->source;
 	struct iovec pieces[MAX_CHUNK_PAGES], rest[MAX_CHUNK_PAGES];
 	char *at = buffer, *to = buffer;
 	unsigned int nr;
@@ -91,8 +90,7 @@ int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *bu
 	left->nr_runs = left->total_pages = 0;
 	nr = list_pieces(reader, index, pieces, &bytes);
 	memcpy(rest, pieces, nr * sizeof(*pieces));
-	ret = gr_read_pieces(reader->source.pid, reader->source.source_fd, reader->mem_fd, buffer, rest, nr, bytes,
-			     err);
+	ret = gr_read_pieces(&reader->opened, buffer, rest, nr, bytes, err);
 	for (unsigned int i = 0; i < nr && ret == 0; at += pieces[i++].iov_len) {
 		uint64_t start = (uint64_t)pieces[i].iov_base, end = start + pieces[i].iov_len;
 
@@ -135,18 +133,7 @@ static int cut(struct gr_chunk_reader *reader, struct gr_error *err)
 	return 0;
 }
 
-static int open_memory(struct gr_chunk_reader *reader, struct gr_error *err)
-{
-	char path[48];
-
-	if (reader->source.source_fd >= 0)
-		return 0;
-	snprintf(path, sizeof(path), "/proc/%d/mem", reader->source.pid);
-	reader->mem_fd = open(path, O_RDONLY | O_CLOEXEC);
-	return reader->mem_fd < 0 ? gr_fail(err, errno, "opening %s", path) : 0;
-}
-
-int gr_chunk_reader_create(const struct gr_chunk_source *source, const struct gr_runs_view *runs, uint32_t chunk_pages,
+int gr_chunk_reader_create(const struct gr_pages_source *source, const struct gr_runs_view *runs, uint32_t chunk_pages,
 			   struct gr_chunk_reader **out, struct gr_error *err)
 {
 	struct gr_chunk_reader *reader;
@@ -157,10 +144,10 @@ int gr_chunk_reader_create(const struct gr_chunk_source *source, const struct gr
 	reader = calloc(1, sizeof(*reader));
 	if (!reader)
 		return gr_fail(err, ENOMEM, "reading %lu runs of pages", runs->nr_runs);
-	*reader = (struct gr_chunk_reader){ .source = *source, .runs = *runs, .mem_fd = -1, .chunk_pages = chunk_pages };
-	ret = cut(reader, err);
+	*reader = (struct gr_chunk_reader){ .source = *source, .runs = *runs, .chunk_pages = chunk_pages };
+	ret = gr_source_open(source, &reader->opened, err);
 	if (ret == 0)
-		ret = open_memory(reader, err);
+		ret = cut(reader, err);
 	if (ret < 0)
 		gr_chunk_reader_destroy(reader);
 	else
@@ -172,8 +159,7 @@ void gr_chunk_reader_destroy(struct gr_chunk_reader *reader)
 {
 	if (!reader)
 		return;
-	if (reader->mem_fd >= 0)
-		close(reader->mem_fd);
+	gr_source_close(&reader->opened);
 	free(reader->starts);
 	free(reader);
 }

@@ -3,25 +3,17 @@
 
 #include <stdint.h>
 #include "gr_error.h"
+#include "gr_pages_out.h"
 #include "gr_runs.h"
 
 /*
  * Runs of pages that are cut into chunks of equal size (the last one excepted), each of which any thread may read at any
- * time. The pages come from a frozen task, or (source_fd >= 0) from a file, at the run's address as offset.
+ * time.
  */
 struct gr_chunk_reader;
 
-/* What is read. Pages of zeros are left out, but for runs that begin in a range `kept` (ascending). */
-struct gr_chunk_source {
-	int pid;
-	int source_fd; /* stays the caller's */
-	const uint64_t *kept_starts;
-	const uint64_t *kept_ends;
-	uint64_t nr_kept;
-};
-
-/* chunk_pages is at most 1024. The arrays of `source` and `runs` must outlive the reader. */
-int gr_chunk_reader_create(const struct gr_chunk_source *source, const struct gr_runs_view *runs, uint32_t chunk_pages,
+/* chunk_pages is at most 1024. The arrays of `source` and `runs`, and its descriptor, must outlive the reader. */
+int gr_chunk_reader_create(const struct gr_pages_source *source, const struct gr_runs_view *runs, uint32_t chunk_pages,
 			   struct gr_chunk_reader **out, struct gr_error *err);
 void gr_chunk_reader_destroy(struct gr_chunk_reader *reader);
 

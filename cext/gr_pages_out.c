@@ -40,10 +40,10 @@ struct chunk {
 
 struct job {
 	const struct gr_pages_source *source;
+	const struct gr_opened_source *opened;
 	const struct gr_runs_view *runs;
 	struct gr_pages_target *target;
 	struct gr_page_runs *stored;
-	int mem_fd;
 	int *cancel;
 	int stop;
 	/* Chunks are taken in order and get their places in order; reading and writing is done in any order between. */
@@ -106,8 +106,7 @@ static int read_chunk(const struct job *job, struct chunk *chunk, struct gr_erro
 	for (unsigned int i = 0; i < chunk->nr_pieces; i++)
 		chunk->vector[i] = (struct iovec){ (void *)chunk->pieces[i].start,
 						   chunk->pieces[i].end - chunk->pieces[i].start };
-	return gr_read_pieces(job->source->pid, job->source->source_fd, job->mem_fd, chunk->buffer, chunk->vector,
-			      chunk->nr_pieces, chunk->bytes, err);
+	return gr_read_pieces(job->opened, chunk->buffer, chunk->vector, chunk->nr_pieces, chunk->bytes, err);
 }
 
 static void keep(struct chunk *chunk, const struct piece *piece, uint64_t start, uint64_t end, const char *at)
@@ -265,27 +264,21 @@ static int count_threads(const struct gr_runs_view *runs, uint32_t wanted, uint3
 int gr_pages_out(const struct gr_pages_source *source, const struct gr_runs_view *runs, struct gr_pages_target *target,
 		 int *cancel, struct gr_page_runs *stored, struct gr_error *err)
 {
-	GR_CLOSE int mem_fd = -1;
-	struct job job = { .source = source, .runs = runs, .target = target, .stored = stored, .cancel = cancel,
-			   .lock = PTHREAD_MUTEX_INITIALIZER, .placed_one = PTHREAD_COND_INITIALIZER,
-			   .end = target->offset };
+	struct gr_opened_source opened;
+	struct job job = { .source = source, .opened = &opened, .runs = runs, .target = target, .stored = stored,
+			   .cancel = cancel, .lock = PTHREAD_MUTEX_INITIALIZER,
+			   .placed_one = PTHREAD_COND_INITIALIZER, .end = target->offset };
 	uint32_t nr_threads = 1;
 	int ret;
 
 	memset(stored, 0, sizeof(*stored));
 	target->crc64 = target->nr_times = 0;
-	if (source->source_fd < 0) {
-		char path[48];
-
-		snprintf(path, sizeof(path), "/proc/%d/mem", source->pid);
-		mem_fd = open(path, O_RDONLY | O_CLOEXEC);
-		if (mem_fd < 0)
-			return gr_fail(err, errno, "opening %s", path);
-		job.mem_fd = mem_fd;
-	}
-	ret = count_threads(runs, target->nr_threads, &nr_threads, err);
+	ret = gr_source_open(source, &opened, err);
+	if (ret == 0)
+		ret = count_threads(runs, target->nr_threads, &nr_threads, err);
 	if (ret == 0)
 		ret = gr_workers_run(nr_threads, work, &job, &job.stop, err);
+	gr_source_close(&opened);
 	if (ret < 0)
 		gr_page_runs_destroy(stored);
 	return ret;

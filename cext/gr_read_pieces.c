@@ -1,3 +1,4 @@
+#include <fcntl.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -6,18 +7,95 @@
 #include "gr_read_pieces.h"
 
 #define PAGE_BYTES 4096UL
+#define WINDOW_PAGES 512UL
 
-/* From the memory file, which reads what its owner may not. */
-static int read_task(int pid, int mem_fd, char *buffer, uint64_t bytes, uint64_t address, struct gr_error *err)
+/* Documentation/admin-guide/mm/pagemap.rst */
+#define PM_EXCLUSIVE (1UL << 56)
+#define PM_FILE (1UL << 61)
+
+static int open_of_task(int pid, const char *name, int *fd, struct gr_error *err)
+{
+	char path[48];
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
+	*fd = open(path, O_RDONLY | O_CLOEXEC);
+	return *fd < 0 ? gr_fail(err, errno, "opening %s", path) : 0;
+}
+
+int gr_source_open(const struct gr_pages_source *source, struct gr_opened_source *out, struct gr_error *err)
+{
+	int ret = 0;
+
+	*out = (struct gr_opened_source){ source->pid, source->source_fd, -1, -1 };
+	if (source->source_fd < 0)
+		ret = open_of_task(source->pid, "mem", &out->mem_fd, err);
+	if (source->source_fd < 0 && ret == 0)
+		ret = open_of_task(source->pid, "pagemap", &out->map_fd, err);
+	return ret;
+}
+
+void gr_source_close(struct gr_opened_source *source)
+{
+	gr_close_fd(&source->mem_fd);
+	gr_close_fd(&source->map_fd);
+}
+
+static uint64_t first_page(const struct iovec *piece)
+{
+	return (uint64_t)piece->iov_base / PAGE_BYTES;
+}
+
+static uint64_t end_page(const struct iovec *piece)
+{
+	return first_page(piece) + piece->iov_len / PAGE_BYTES;
+}
+
+/* How many entries to read from `page` of the first piece on: with the pieces behind it that fit into a window. */
+static uint64_t window_pages(const struct iovec *pieces, unsigned int nr, uint64_t page)
+{
+	uint64_t end = end_page(pieces);
+
+	for (unsigned int i = 1; i < nr && end_page(&pieces[i]) <= page + WINDOW_PAGES; i++)
+		end = end_page(&pieces[i]);
+	return end - page < WINDOW_PAGES ? end - page : WINDOW_PAGES;
+}
+
+/*
+ * Whether no page of the pieces is one that several tasks share since a fork, or may be: swapped out, unknown.
+ * process_vm_readv(2) pins pages (FOLL_PIN), and the kernel gives the task a copy of such a page of its own first
+ * (gup_must_unshare() in mm/internal.h), out of a huge page that is split for that. The memory file only takes
+ * references to pages (FOLL_GET), but it copies them twice.
+ */
+static int are_exclusive(int map_fd, const struct iovec *pieces, unsigned int nr)
+{
+	uint64_t entries[WINDOW_PAGES], base = 0, count = 0;
+
+	for (unsigned int i = 0; i < nr; i++) {
+		for (uint64_t page = first_page(&pieces[i]); page < end_page(&pieces[i]); page++) {
+			if (page >= base + count) {
+				base = page;
+				count = window_pages(&pieces[i], nr - i, page);
+				if (pread(map_fd, entries, count * 8, (off_t)(base * 8)) != (ssize_t)(count * 8))
+					return 0;
+			}
+			if (!(entries[page - base] & (PM_EXCLUSIVE | PM_FILE)))
+				return 0;
+		}
+	}
+	return 1;
+}
+
+static int read_task(const struct gr_opened_source *source, char *buffer, uint64_t bytes, uint64_t address,
+		     struct gr_error *err)
 {
 	while (bytes) {
-		ssize_t n = pread(mem_fd, buffer, bytes, (off_t)address);
+		ssize_t n = pread(source->mem_fd, buffer, bytes, (off_t)address);
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0)
 			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at %#lx of task %d", bytes,
-				       address, pid);
+				       address, source->pid);
 		buffer += n;
 		bytes -= (uint64_t)n;
 		address += (uint64_t)n;
@@ -46,17 +124,19 @@ static int read_object(int fd, char *buffer, uint64_t bytes, uint64_t offset, st
 	return 0;
 }
 
-int gr_read_pieces(int pid, int source_fd, int mem_fd, char *buffer, struct iovec *pieces, unsigned int nr,
+int gr_read_pieces(const struct gr_opened_source *source, char *buffer, struct iovec *pieces, unsigned int nr,
 		   uint64_t bytes, struct gr_error *err)
 {
+	int may_pin = source->source_fd < 0 && are_exclusive(source->map_fd, pieces, nr);
+
 	while (nr) {
 		struct iovec local = { .iov_base = buffer, .iov_len = bytes };
 		ssize_t n = -1;
 		uint64_t left, address;
 		int ret;
 
-		if (source_fd < 0)
-			n = process_vm_readv(pid, &local, 1, pieces, nr, 0);
+		if (may_pin)
+			n = process_vm_readv(source->pid, &local, 1, pieces, nr, 0);
 		if (n < 0)
 			n = 0; /* unreadable for its owner, or not ours to read this way: the file below decides */
 		buffer += n;
@@ -67,8 +147,8 @@ int gr_read_pieces(int pid, int source_fd, int mem_fd, char *buffer, struct iove
 			break;
 		left = pieces->iov_len - (size_t)n;
 		address = (uint64_t)pieces->iov_base + (uint64_t)n;
-		ret = source_fd < 0 ? read_task(pid, mem_fd, buffer, left, address, err) :
-				      read_object(source_fd, buffer, left, address, err);
+		ret = source->source_fd < 0 ? read_task(source, buffer, left, address, err) :
+					      read_object(source->source_fd, buffer, left, address, err);
 		if (ret < 0)
 			return ret;
 		buffer += left;

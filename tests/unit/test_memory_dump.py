@@ -252,6 +252,38 @@ def test_zeros_over_a_file_are_stored(folder: Path) -> None:
         assert list(memory.dump(writer, child.pid, mm, 1)) == [(start + 2 * PAGE, 3)]
 
 
+def is_exclusive(address: int) -> bool:
+    """Whether a page of ours is mapped by nobody else: bit 56 in Documentation/admin-guide/mm/pagemap.rst."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        return bool(int.from_bytes(os.pread(pagemap.fileno(), 8, address // PAGE * 8), "little") >> 56 & 1)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_reading_pages_that_are_shared_since_a_fork_does_not_copy_them(folder: Path, jobs: int) -> None:
+    """Shared and own pages in one chunk, in one piece, and in pieces that are far from each other."""
+    nr_pages = 3000
+    own = {page for page in range(nr_pages) if page % 3 == 0 or 500 < page < 900}
+    there = [page for page in range(nr_pages) if not 1200 < page < 2200 and page % 11]
+    start = map_memory(nr_pages * PAGE)
+    libc.madvise(start, nr_pages * PAGE, 15)  # MADV_NOHUGEPAGE: pages are shared one by one
+    for page in there:
+        fill(start + page * PAGE)
+
+    def prepare() -> list[int]:
+        for page in own.intersection(there):
+            ctypes.memset(start + page * PAGE, page % 251 + 1, PAGE)
+        return [start]
+
+    with MemoryChild(prepare) as child, ImageWriter(folder / "images") as writer:
+        memory.dump(writer, child.pid, address_space(area(start, nr_pages * PAGE)), 7, jobs=jobs)
+        shared = [page for page in there if not is_exclusive(start + page * PAGE)]
+        commit_images(writer)
+    libc.munmap(start, nr_pages * PAGE)
+    assert shared == [page for page in there if page not in own]
+    content = [bytes([page % 251 + 1]) * PAGE if page in own else pattern(start + page * PAGE) for page in there]
+    assert (folder / "images" / "pages-7.img").read_bytes() == b"".join(content)
+
+
 def test_threads_say_what_they_wrote_and_when(folder: Path) -> None:
     def prepare() -> list[int]:
         start = map_memory(1000 * PAGE)

@@ -141,7 +141,7 @@ class _Stream:
         starts, ends = u64(array("Q", [start for start, _ in kept])), u64(array("Q", [end for _, end in kept]))
         view, runs_keep = runs.view()
         self._keep = starts, ends, view, runs_keep
-        source = ffi.new("struct gr_chunk_source *", (pid, fd, starts, ends, len(kept)))
+        source = ffi.new("struct gr_pages_source *", (pid, fd, starts, ends, len(kept)))
         err, out = new_error(), ffi.new("struct gr_chunk_reader **")
         check(lib.gr_chunk_reader_create(source, view, chunk_bytes // PAGE_BYTES, out, err), err)
         self._handle = ffi.gc(out[0], lib.gr_chunk_reader_destroy)
