@@ -344,7 +344,7 @@ class _Dump:
             self._memory_bytes += runs[pid].total_bytes
 
     def _write_shared(
-        self, writer: ImageWriter, item: shmem.SharedObject, tasks: dict[int, Any], cancel: core.Cancel
+        self, writer: ImageWriter, item: shmem.SharedObject, tasks: Mapping[int, shmem.Task], cancel: core.Cancel
     ) -> None:
         with self._spans.span("shared memory") as span:
             size = shmem.dump(writer, item, tasks, next(self._pages_ids), jobs=self._jobs, cancel=cancel)

@@ -37,6 +37,8 @@ from gpurestore.errors import GpurestoreError, HookError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from gpurestore.devplugins.softaccel.needs import Wanted
+
 _CONTEXT_IMAGE = re.compile(r"softaccel-([0-9a-f]{16})\.img")
 _PAGE_PATH = re.compile(rf"/memfd:{PAGE_NAME}([0-9a-f]{{16}})(?: \(deleted\))?")
 _SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
@@ -271,7 +273,7 @@ class SoftaccelPlugin(DevicePlugin):
 
     async def restore_init(self) -> None:
         """Look whether everything is there, and take it."""
-        from gpurestore.devplugins.softaccel.needs import Wanted, assign, read_wanted
+        from gpurestore.devplugins.softaccel.needs import assign, read_wanted
 
         with _failures("RESTORE_INIT", None):
             wanted: list[Wanted] = [read_wanted(self._host.open_image, name) for name in self._image_names()]
@@ -287,7 +289,7 @@ class SoftaccelPlugin(DevicePlugin):
                 for want in wanted:
                     os.close(want.fd)
 
-    async def _make(self, where: str, want: Any, device: int) -> None:
+    async def _make(self, where: str, want: Wanted, device: int) -> None:
         tool = self._connect(where)
         answer, fds = await tool.call("create", [want.fd], device=device)
         self._restored[want.uid] = _Restored(tool, answer["uid"], want.pid, fds[0], fds[1], want.memory_bytes)

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpurestore.errors import ImageError, UsageError
 from gpurestore.images import manifest as manifests
@@ -18,6 +18,9 @@ from gpurestore.images.hashing import Cancel, FileRecord, hash_files, open_regul
 from gpurestore.images.inventory import RUN_ID, check_inventory
 from gpurestore.images.magic import KINDS, PAYLOAD_FILE, parse_file_name
 from gpurestore.images.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+
+if TYPE_CHECKING:
+    from gpurestore.images import pb
 
 # Structured images are read into memory. A thousand times larger than any that was seen.
 MAX_IMAGE_BYTES = 1 << 30
@@ -163,7 +166,7 @@ class ImageFolder:
             data = self._load(name, MAX_IMAGE_BYTES)
             return [(message, bytes(payload)) for message, payload in decode_records(KINDS[kind], data, name)]
 
-    def read_ghost(self, ident: int) -> tuple[Any, list[GhostRun]]:
+    def read_ghost(self, ident: int) -> tuple[pb.ghost_file_entry, list[GhostRun]]:
         """The entry of a ghost file, and where its bytes are; they may be too many to read into memory."""
         kind = KINDS["ghost-file"]
         assert kind.payload == PAYLOAD_FILE
@@ -249,7 +252,7 @@ def _read_exactly(fd: int, offset: int, size: int, name: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _ghost_runs(fd: int, name: str) -> tuple[Any, list[GhostRun]]:
+def _ghost_runs(fd: int, name: str) -> tuple[pb.ghost_file_entry, list[GhostRun]]:
     kind = KINDS["ghost-file"]
     size = os.fstat(fd).st_size
     window = memoryview(_read_exactly(fd, 0, min(size, 1 << 20), name))

@@ -183,8 +183,10 @@ def _plugins(folder: ImageFolder) -> tuple[str, ...]:
     return tuple(f"{name} {versions[name]}" if name in versions else name for name in names)
 
 
-def _task(folder: ImageFolder, entry: Any, described: dict[int, Any], pages: dict[int, PagesImage]) -> TaskSummary:
-    core = folder.read_one("core", entry.pid)
+def _task(
+    folder: ImageFolder, entry: pb.pstree_entry, described: dict[int, pb.file_entry], pages: dict[int, PagesImage]
+) -> TaskSummary:
+    core: pb.core_entry = folder.read_one("core", entry.pid)
     memory: tuple[MemorySummary, ...] = ()
     descriptors: tuple[DescriptorSummary, ...] = ()
     stored_bytes = inherited_bytes = 0
@@ -241,13 +243,13 @@ def _pages_below(pagemap: Pagemap) -> Callable[[int], int]:
     return below
 
 
-def _vma_kind(vma: Any) -> str:
+def _vma_kind(vma: pb.vma_entry) -> str:
     if vma.flags & _MAP_GROWSDOWN:
         return "stack"
     return next((name for bits, name in _VMA_KINDS if vma.status & bits), "other")
 
 
-def _memory(mm: Any, pagemap: Pagemap) -> tuple[MemorySummary, ...]:
+def _memory(mm: pb.mm_entry, pagemap: Pagemap) -> tuple[MemorySummary, ...]:
     below = _pages_below(pagemap)
     mappings: Counter[str] = Counter()
     mapped: Counter[str] = Counter()
@@ -260,7 +262,9 @@ def _memory(mm: Any, pagemap: Pagemap) -> tuple[MemorySummary, ...]:
     return tuple(MemorySummary(kind, mappings[kind], size, stored[kind]) for kind, size in mapped.most_common())
 
 
-def _descriptors(folder: ImageFolder, pid: int, core: Any, described: dict[int, Any]) -> tuple[DescriptorSummary, ...]:
+def _descriptors(
+    folder: ImageFolder, pid: int, core: pb.core_entry, described: dict[int, pb.file_entry]
+) -> tuple[DescriptorSummary, ...]:
     ids = folder.read_one("ids", pid) if folder.has("ids", pid) else core.ids
     if not folder.has("fdinfo", ids.files_id):
         return ()
@@ -275,7 +279,7 @@ def _kind_name(number: int) -> str:
     return _KIND_NAMES.get(number) or pb.fd_types.DESCRIPTOR.values_by_number[number].name.lower()
 
 
-def _target(entry: Any) -> str:
+def _target(entry: pb.file_entry | None) -> str:
     """What a file description refers to, as far as one word can say it."""
     if entry is None:
         return ""

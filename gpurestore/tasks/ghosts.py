@@ -17,7 +17,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import container, pb
@@ -38,7 +38,7 @@ _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 class GhostFolder(Protocol):
     """What of an ImageFolder is needed here."""
 
-    def read_ghost(self, ident: int) -> tuple[Any, list[GhostRun]]: ...
+    def read_ghost(self, ident: int) -> tuple[pb.ghost_file_entry, list[GhostRun]]: ...
 
     def open_raw(self, name: str) -> int: ...
 

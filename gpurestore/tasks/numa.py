@@ -9,13 +9,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpurestore.batch import Call, Data, Out
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import maps, procfs
+
+if TYPE_CHECKING:
+    from gpurestore.tasks.mm import Task
 
 MASK_WORDS = 16
 _MASK_BITS = MASK_WORDS * 64
@@ -40,7 +43,7 @@ def argument(policy: Sequence[int]) -> tuple[int, Data | int, int]:
     return mode, Data(struct.pack(f"={len(words)}Q", *words)) if words else 0, len(words) * 64
 
 
-def collect(task: Any) -> dict[str, list[int]]:
+def collect(task: Task) -> dict[str, list[int]]:
     """The policies of a frozen task's mappings, by start address in hexadecimal digits."""
     starts = [vma.start for vma in task.vmas if vma.end <= maps.TASK_SIZE]
     modes = task.ask([Call(NR.GET_MEMPOLICY, (Out(8), 0, 0, at, _MPOL_F_ADDR), may_fail=True) for at in starts])

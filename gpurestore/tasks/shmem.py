@@ -11,9 +11,9 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from gpurestore.batch import Call, Out
+from gpurestore.batch import Call, CallResult, Out
 from gpurestore.core import Cancel, check, lib, new_error
 from gpurestore.errors import CancelledError, Finding, ImageError
 from gpurestore.images import pb
@@ -62,7 +62,7 @@ class SharedObject:
 class Task(Protocol):
     """What this module needs of :class:`gpurestore.tasks.frozen.FrozenTask`."""
 
-    def ask(self, calls: Sequence[Call]) -> Sequence[Any]: ...
+    def ask(self, calls: Sequence[Call]) -> Sequence[CallResult]: ...
 
 
 def objects(mms: Mapping[int, pb.mm_entry]) -> dict[int, SharedObject]:
