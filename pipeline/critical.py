@@ -13,7 +13,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from gpurestore.pipeline.trace import MAIN_TRACK, Span, format_bytes, format_seconds
+from gpurestore.pipeline.trace import MAIN_TRACK, Span
+from gpurestore.units import format_seconds, size_and_speed
 
 # Between two stages lie the switch of a trio task and a line of Python or two.
 _SLACK_NS = 1_000_000
@@ -74,9 +75,8 @@ def _words(stage: CriticalStage) -> str:
     where = "" if stage.track == MAIN_TRACK else f" of {stage.track}"
     where += f" for task {stage.pid}" if stage.pid is not None else ""
     text = f"{stage.name}{where} {format_seconds(stage.seconds)}"
-    if stage.nr_bytes and stage.seconds > 0:
-        text += f" ({format_bytes(stage.nr_bytes)}, {stage.nr_bytes / stage.seconds / 1e9:.2f} GB/s)"
-    return text
+    size, speed = size_and_speed(stage.nr_bytes, stage.seconds)
+    return f"{text} ({size}, {speed})" if speed else text
 
 
 def _order(span: Span) -> tuple[int, int]:

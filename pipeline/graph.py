@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpurestore.devplugins.api import Hook
-from gpurestore.pipeline.trace import MAIN_TRACK, PLUGIN_TRACK, format_bytes
+from gpurestore.pipeline.trace import MAIN_TRACK, PLUGIN_TRACK
+from gpurestore.units import format_bytes
 
 if TYPE_CHECKING:
     from gpurestore.pipeline.load import LoadedTree

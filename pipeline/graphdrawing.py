@@ -11,7 +11,8 @@ from gpurestore.errors import UsageError
 from gpurestore.pipeline.drawing import INK, Drawing, Line, Rect, Shape, Text, text_width, to_png, to_svg, write_picture
 from gpurestore.pipeline.graph import Graph, Node, to_dot
 from gpurestore.pipeline.timeline import COLOURS, EDGES, place_of_track
-from gpurestore.pipeline.trace import format_bytes, kind_of
+from gpurestore.pipeline.trace import kind_of
+from gpurestore.units import format_bytes
 
 FORMATS = ("svg", "png", "dot")
 _MARGIN, _HEAD, _BOX, _STEP, _GUTTER, _PAD = 16.0, 48.0, 22.0, 32.0, 26.0, 8.0

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import trio
 
-from gpurestore.pipeline.trace import Span, format_bytes
+from gpurestore.pipeline.trace import Span
+from gpurestore.units import format_bytes
 
 if TYPE_CHECKING:
     from gpurestore.pipeline.graph import Node

@@ -42,11 +42,10 @@ from gpurestore.pipeline.trace import (
     STATE,
     WORKER_TRACK,
     Span,
-    format_bytes,
-    format_seconds,
     summarize,
 )
 from gpurestore.pipeline.tracefile import TraceFile, read_trace
+from gpurestore.units import format_seconds, size_and_speed
 
 WIDTH = 1200
 FORMATS = ("svg", "html", "png")
@@ -93,11 +92,11 @@ def to_html(trace: TraceFile, title: str) -> str:
     """One page without anything from elsewhere: the picture, the critical path, and the table of stages."""
     drawing = draw(trace, title)
     stages = [
-        (row.name, str(row.count), format_seconds(row.wall_s), *_size_and_speed(row.nr_bytes, row.wall_s))
+        (row.name, str(row.count), format_seconds(row.wall_s), *size_and_speed(row.nr_bytes, row.wall_s))
         for row in summarize(trace.spans)
     ]
     path = [
-        (s.name, s.track, format_seconds(s.start_s), format_seconds(s.seconds), *_size_and_speed(s.nr_bytes, s.seconds))
+        (s.name, s.track, format_seconds(s.start_s), format_seconds(s.seconds), *size_and_speed(s.nr_bytes, s.seconds))
         for s in critical_stages(trace.spans)
     ]
     return _PAGE.format(
@@ -140,12 +139,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(printable(cell))}</{tag}>" for cell in cells) + "</tr>\n"
 
     return f"<table>\n{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
-
-
-def _size_and_speed(nr_bytes: int, seconds: float) -> tuple[str, str]:
-    if not nr_bytes:
-        return "", ""
-    return format_bytes(nr_bytes), f"{nr_bytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
 
 
 # ---- the picture
@@ -355,7 +348,7 @@ def _hint(span: Span) -> str:
 
 
 def _facts(span: Span) -> list[str]:
-    facts = [text for text in _size_and_speed(span.nr_bytes, span.seconds) if text]
+    facts = [text for text in size_and_speed(span.nr_bytes, span.seconds) if text]
     return [*facts, *([f"failed: {span.args['error']}"] if "error" in span.args else [])]
 
 

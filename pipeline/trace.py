@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Protocol
 
 from gpurestore.errors import GpurestoreError
+from gpurestore.units import format_seconds, size_and_speed
 
 Value = int | float | str | bool
 MAIN_TRACK = "main"
@@ -279,33 +280,10 @@ def format_table(rows: Iterable[tuple[str, float, int]], title: str = "stage") -
     """A small table of (what, seconds, bytes); bytes of 0 leave size and speed empty."""
     lines = [(title, "time", "size", "speed")]
     for what, seconds, nr_bytes in rows:
-        size = speed = ""
-        if nr_bytes:
-            size = format_bytes(nr_bytes)
-            speed = f"{nr_bytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
-        lines.append((what, format_seconds(seconds), size, speed))
+        lines.append((what, format_seconds(seconds), *size_and_speed(nr_bytes, seconds)))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     rows_text = [
         f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in lines
     ]
     rule = "-" * max(map(len, rows_text))
     return "\n".join([rows_text[0], rule, *rows_text[1:]])
-
-
-def format_seconds(seconds: float) -> str:
-    """``12.3 ms``, ``1.23 s``, ``2 min 03 s``."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.1f} ms"
-    if seconds < 99.5:
-        return f"{seconds:.2f} s"
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60:02d} s"
-
-
-def format_bytes(nr_bytes: float) -> str:
-    """``512 B``, ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nr_bytes < 1024:
-            return f"{nr_bytes:.0f} B" if unit == "B" else f"{nr_bytes:.1f} {unit}"
-        nr_bytes /= 1024
-    return f"{nr_bytes:.1f} TiB"

@@ -12,7 +12,7 @@ import trio
 from gpurestore.errors import CancelledError
 from gpurestore.pipeline.critical import CriticalStage, describe
 from gpurestore.pipeline.progress import Progress
-from gpurestore.pipeline.trace import format_bytes, format_seconds
+from gpurestore.units import format_bytes, format_seconds
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

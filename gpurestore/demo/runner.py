@@ -20,8 +20,9 @@ from gpurestore.demo import restores
 from gpurestore.demo.restores import COMMAND, Timing
 from gpurestore.devplugins.softaccel import SOCKET_VARIABLE
 from gpurestore.errors import GpurestoreError, UsageError
-from gpurestore.pipeline.trace import Span, format_bytes, format_table, summarize
+from gpurestore.pipeline.trace import Span, format_table, summarize
 from gpurestore.pipeline.tracefile import read_trace
+from gpurestore.units import format_bytes
 
 _ACCELERATOR = ("--memory", "256M", "--bandwidth", "200M", "--latency", "20")
 _TEMPORARY = "gpurestore-demo-"

@@ -17,6 +17,7 @@ from gpurestore.images.chunked import PagesImage, find_pages
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.magic import PAGE_BYTES
 from gpurestore.images.pagemap import PRESENT, Pagemap, read_pagemap
+from gpurestore.units import format_bytes
 
 _STATES = {1: "alive", 3: "stopped", 6: "zombie"}
 # Bits of vma_entry.status, the most telling first.
@@ -313,13 +314,13 @@ def format_summary(summary: FolderSummary) -> str:
     threads = sum(len(task.threads) for task in summary.tasks)
     lines = [
         f"{summary.path}: dumped by {made}",
-        f"  {len(summary.tasks)} tasks, {threads} threads, {_size(summary.stored_bytes)} of memory, "
-        f"{_size(summary.total_bytes)} in {len(summary.files)} files",
+        f"  {len(summary.tasks)} tasks, {threads} threads, {format_bytes(summary.stored_bytes)} of memory, "
+        f"{format_bytes(summary.total_bytes)} in {len(summary.files)} files",
         f"  plugins: {', '.join(summary.plugins) or 'none'}",
     ]
     if summary.compressed is not None:
         lines.append(f"  {_compressed(summary.compressed)}")
-    lines += [f"  shared memory {s.shmid}: {_size(s.stored_bytes)}" for s in summary.shared_memory]
+    lines += [f"  shared memory {s.shmid}: {format_bytes(s.stored_bytes)}" for s in summary.shared_memory]
     depths: dict[int, int] = {}
     for task in summary.tasks:
         depths[task.pid] = depths.get(task.ppid, -1) + 1
@@ -328,21 +329,21 @@ def format_summary(summary: FolderSummary) -> str:
 
 
 def _compressed(summary: CompressionSummary) -> str:
-    ratio = summary.bytes / summary.file_bytes
-    return f"compressed by {summary.algorithm}: {_size(summary.bytes)} to {_size(summary.file_bytes)} ({ratio:.2f}:1)"
+    plain, compressed = format_bytes(summary.bytes), format_bytes(summary.file_bytes)
+    return f"compressed by {summary.algorithm}: {plain} to {compressed} ({summary.bytes / summary.file_bytes:.2f}:1)"
 
 
 def _format_task(task: TaskSummary, indent: str) -> list[str]:
     lines = [
         "",
         f"{indent}{task.pid} {_shown(task.comm)}: {task.state}, {len(task.threads)} threads, "
-        f"group {task.pgid}, session {task.sid}, {_size(task.stored_bytes)} stored"
-        + (f", {_size(task.inherited_bytes)} shared with {task.ppid}" if task.inherited_bytes else ""),
+        f"group {task.pgid}, session {task.sid}, {format_bytes(task.stored_bytes)} stored"
+        + (f", {format_bytes(task.inherited_bytes)} shared with {task.ppid}" if task.inherited_bytes else ""),
     ]
     for memory in task.memory:
         lines.append(
-            f"{indent}  {memory.kind:<18} {memory.mappings:>6} mappings {_size(memory.mapped_bytes):>10} "
-            f"{_size(memory.stored_bytes):>10} stored"
+            f"{indent}  {memory.kind:<18} {memory.mappings:>6} mappings {format_bytes(memory.mapped_bytes):>10} "
+            f"{format_bytes(memory.stored_bytes):>10} stored"
         )
     for descriptor in task.descriptors:
         lines.append(f"{indent}  fd {descriptor.fd:<4} {descriptor.kind:<10} {_shown(descriptor.target)}".rstrip())
@@ -352,12 +353,3 @@ def _format_task(task: TaskSummary, indent: str) -> list[str]:
 def _shown(text: str) -> str:
     """A name out of an image must not steer the terminal."""
     return text if text.isprintable() else ascii(text)
-
-
-def _size(nr_bytes: int) -> str:
-    value = float(nr_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

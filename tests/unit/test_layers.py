@@ -16,7 +16,7 @@ LAYERS = (
     {"devplugins", "tasks"},
     {"images"},
     {"core", "faults"},
-    {"batch", "errors", "syscalls", "_core"},
+    {"batch", "errors", "syscalls", "units", "_core"},
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from gpurestore.errors import GpurestoreError
-from gpurestore.pipeline.trace import Span, Trace, chrome_events, format_bytes, format_seconds, format_table, summarize
+from gpurestore.pipeline.trace import Span, Trace, chrome_events, format_table, summarize
 
 
 def ticking(step_ns: int = 1_000_000) -> Callable[[], int]:
@@ -119,17 +119,3 @@ def test_the_wall_time_of_a_stage_counts_overlaps_once() -> None:
 def test_the_table_lines_up_and_shows_speed_only_for_bytes() -> None:
     table = format_table([("freeze", 0.0012, 0), ("memory", 2.0, 3 * 10**9)])
     assert table.splitlines()[2:] == ["freeze  1.2 ms", "memory  2.00 s  2.8 GiB  1.50 GB/s"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0, "0.0 ms"), (0.9999, "1.00 s"), (99.4, "99.40 s"), (123.4, "2 min 03 s")]
-)
-def test_seconds_are_written_as_people_say_them(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB"), (1 << 50, "1024.0 TiB")]
-)
-def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
-    assert format_bytes(count) == text
