@@ -50,6 +50,8 @@ INTERNAL_UNITS = (
     "gr_lazy_source",
     "gr_lazy_mm",
     "gr_lazy_serve",
+    "gr_lazy_faults",
+    "gr_lazy_fill",
     "gr_lazy_handler",
     "gr_lazy_keeper",
     "gr_plugin_crash",

@@ -126,7 +126,7 @@ void gr_lazy_mm_wake(const struct gr_lazy_mm *mm, uint64_t address, uint64_t nr_
 /* Whether nobody has this address space any more. Places nothing. */
 bool gr_lazy_is_gone(int uffd);
 
-/* ---- the handler (gr_lazy_handler.c, gr_lazy_serve.c) */
+/* ---- the handler (gr_lazy_handler.c) */
 
 struct gr_lazy_handler {
 	struct gr_lazy_shared *shared;
@@ -155,14 +155,45 @@ int gr_lazy_register(struct gr_lazy_handler *handler, const struct gr_lazy_sourc
 		     const struct gr_lazy_mm *parent, int uffd, int pid, struct gr_lazy_mm **out);
 /* Let go of an address space if it misses nothing any more, or if nobody has it any more. */
 void gr_lazy_finish(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm);
-/* Bring in what a task needs at once. */
-void gr_lazy_fill_hot(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm);
-/* Thread bodies. */
-void *gr_lazy_serve(void *handler);
-void *gr_lazy_fill(void *handler);
 /* The tree cannot get its pages any more: say why and end; the keeper kills it. */
 void gr_lazy_fail(struct gr_lazy_handler *handler, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 uint64_t gr_lazy_now_ns(void);
+
+/* ---- its threads */
+
+struct gr_lazy_fault {
+	struct gr_lazy_mm *mm;
+	uint64_t address;
+};
+
+struct gr_lazy_worker {
+	struct gr_lazy_handler *handler;
+	char *buffer; /* GR_LAZY_WINDOW_PAGES */
+	struct gr_lazy_fault *faults; /* taken from the kernel, not answered yet */
+	uint64_t nr_faults, max_faults;
+	int short_of_memory; /* how often in a row */
+};
+
+static inline uint64_t gr_lazy_at_most(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* gr_lazy_serve.c: messages of the kernel. A body of threads, and what they all need. */
+void *gr_lazy_serve(void *handler);
+int gr_lazy_worker_open(struct gr_lazy_worker *worker, struct gr_lazy_handler *handler);
+void gr_lazy_worker_close(struct gr_lazy_worker *worker);
+/* What is to be done after pages were placed, or were not; the lock is not held. True: try again. */
+bool gr_lazy_again(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, enum gr_lazy_outcome outcome, int code);
+void gr_lazy_nap_us(long us);
+/* gr_lazy_faults.c */
+void gr_lazy_answer_faults(struct gr_lazy_worker *worker);
+/* Whole pages from the file into the worker's buffer; false: the tree is given up. */
+bool gr_lazy_read_pages(struct gr_lazy_worker *worker, const struct gr_lazy_source *source, const struct gr_lazy_run *run,
+			uint64_t index, uint64_t nr_pages);
+/* gr_lazy_fill.c: a body of threads; and what a task needs at once. */
+void *gr_lazy_fill(void *handler);
+void gr_lazy_fill_hot(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm);
 
 /* ---- the keeper (gr_lazy_keeper.c) */
 
