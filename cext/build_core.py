@@ -52,6 +52,7 @@ INTERNAL_UNITS = (
     "gr_lazy_serve",
     "gr_lazy_faults",
     "gr_lazy_fill",
+    "gr_lazy_views",
     "gr_lazy_handler",
     "gr_lazy_keeper",
     "gr_plugin_crash",

@@ -97,7 +97,7 @@ int gr_lazy_check(struct gr_error *err)
 	struct uffdio_api api = { .api = UFFD_API,
 				  .features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
 					      UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP |
-					      UFFD_FEATURE_THREAD_ID };
+					      UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_MISSING_SHMEM };
 	GR_CLOSE int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 
 	if (fd < 0)
@@ -181,6 +181,7 @@ static void destroy_handler(struct gr_lazy_handler *handler)
 	for (uint64_t i = 0; handler->sources && i < handler->nr_sources; i++)
 		gr_lazy_source_destroy(handler->sources[i]);
 	free(handler->sources);
+	free(handler->objects);
 	pthread_mutex_destroy(&handler->mms_lock);
 	pthread_mutex_destroy(&handler->record_lock);
 	free(handler);
@@ -194,11 +195,14 @@ static struct gr_lazy_handler *create_handler(const struct gr_lazy_task *tasks, 
 
 	if (handler)
 		handler->sources = calloc(nr_tasks + 1, sizeof(struct gr_lazy_source *));
-	if (!handler || !handler->sources) {
+	if (handler)
+		handler->objects = calloc(nr_tasks + 1, sizeof(struct gr_lazy_object));
+	if (!handler || !handler->sources || !handler->objects) {
 		gr_fail(err, ENOMEM, "preparing the handler of lazy pages");
-		free(handler);
+		destroy_handler(handler);
 		return NULL;
 	}
+	gr_lazy_lock_init(&handler->shared_lock);
 	handler->shared = shared;
 	handler->options = *options;
 	pthread_mutex_init(&handler->mms_lock, NULL);

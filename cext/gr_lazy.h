@@ -18,14 +18,26 @@ struct gr_lazy_span {
 	uint64_t end;
 };
 
+/* A mapping that shows shared memory: tasks[object] is that, and `at` is where this process has what `start` shows. */
+struct gr_lazy_view {
+	uint64_t start;
+	uint64_t end;
+	uint64_t at;
+	uint64_t object;
+};
+
 /*
  * What one task takes lazily. `entries` say which pages are where: nr_pages from page_offsets of the file fds[files] on
  * belong at vaddrs; what lies outside of `ranges` (the mappings that will be registered, ascending) is left out.
  * `order` are addresses in the order of first need: the first nr_hot spans are in place before gr_lazy_add returns. What
  * no span names is not filled in the background, so the last ones should be all of `ranges`.
+ *
+ * With pid 0 it is an object of shared memory: its addresses are those where this process has mapped all of it, which is
+ * the only range, and the handler, a fork of this process, fills it there. Tasks show it in their `views`.
  */
 struct gr_lazy_task {
 	int pid;
+	uint64_t shmid; /* names the object in messages */
 	const int *fds;
 	uint64_t nr_fds;
 	const uint64_t *vaddrs;
@@ -35,6 +47,8 @@ struct gr_lazy_task {
 	uint64_t nr_entries;
 	const struct gr_lazy_span *ranges;
 	uint64_t nr_ranges;
+	const struct gr_lazy_view *views;
+	uint64_t nr_views;
 	const struct gr_lazy_span *order;
 	uint64_t nr_order;
 	uint64_t nr_hot;

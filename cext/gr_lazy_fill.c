@@ -61,9 +61,9 @@ static void place(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, uint64_t
 
 		while (source->runs[run + 1].first <= index + at)
 			run++;
-		pthread_rwlock_rdlock(&mm->lock);
+		pthread_rwlock_rdlock(mm->lock);
 		if (mm->uffd < 0) {
-			pthread_rwlock_unlock(&mm->lock);
+			pthread_rwlock_unlock(mm->lock);
 			return;
 		}
 		if (gr_lazy_mm_where(mm, source->runs[run].vaddr + ((index + at - source->runs[run].first) << GR_PAGE_SHIFT),
@@ -73,7 +73,7 @@ static void place(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, uint64_t
 		} else {
 			gr_lazy_mm_set_done(mm, index + at, 1);
 		}
-		pthread_rwlock_unlock(&mm->lock);
+		pthread_rwlock_unlock(mm->lock);
 		if (!gr_lazy_again(worker, mm, outcome, code))
 			at += nr;
 	}
@@ -113,12 +113,15 @@ static bool fill_some(struct gr_lazy_worker *worker)
 	for (uint32_t i = 0; i < nr; i++) {
 		struct gr_lazy_mm *mm = handler->mms[__atomic_fetch_add(&handler->turn, 1, __ATOMIC_RELAXED) % nr];
 		uint64_t first, end;
-		bool found = false;
+		bool found = false, is_complete;
 
-		pthread_rwlock_rdlock(&mm->lock);
+		pthread_rwlock_rdlock(mm->lock);
 		if (mm->uffd >= 0)
 			found = take_pages(mm, &first, &end);
-		pthread_rwlock_unlock(&mm->lock);
+		is_complete = !found && mm->uffd >= 0 && gr_lazy_is_complete(handler, mm);
+		pthread_rwlock_unlock(mm->lock);
+		if (is_complete) /* since shared memory is, or from birth on */
+			gr_lazy_finish(handler, mm);
 		if (found) {
 			read_ahead(mm->source, first);
 			bring_in(worker, mm, first, end);

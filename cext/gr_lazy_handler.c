@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -52,6 +53,11 @@ void gr_lazy_fail(struct gr_lazy_handler *handler, int code, const char *fmt, ..
 
 /* ---- address spaces */
 
+static bool is_sharing(const struct gr_lazy_source *source)
+{
+	return !source->pid || source->nr_views;
+}
+
 /* A place that was let go by a fork of the same task, or a new one; NULL when there is none. mms_lock is held. */
 static struct gr_lazy_mm *find_place(struct gr_lazy_handler *handler, const struct gr_lazy_source *source)
 {
@@ -69,12 +75,8 @@ static struct gr_lazy_mm *find_place(struct gr_lazy_handler *handler, const stru
 		return NULL;
 	mm = calloc(1, sizeof(*mm));
 	if (mm) {
-		pthread_rwlockattr_t attributes;
-
-		/* Events are rare and somebody waits for them; pages come all the time. */
-		pthread_rwlockattr_init(&attributes);
-		pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-		pthread_rwlock_init(&mm->lock, &attributes);
+		gr_lazy_lock_init(&mm->own_lock);
+		mm->lock = is_sharing(source) ? &handler->shared_lock : &mm->own_lock;
 		pthread_mutex_init(&mm->order_lock, NULL);
 		mm->uffd = -1;
 		mm->source = source;
@@ -104,39 +106,63 @@ static int enter(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm, int pid
 		__atomic_store_n(&handler->nr_mms, mm->number + 1, __ATOMIC_RELEASE);
 	}
 	__atomic_fetch_add(&shared->status.total_bytes, mm->remaining << GR_PAGE_SHIFT, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&handler->nr_live, 1, __ATOMIC_RELEASE);
+	if (mm->source->pid)
+		__atomic_fetch_add(&handler->nr_live, 1, __ATOMIC_RELEASE);
 	return epoll_ctl(handler->epoll, EPOLL_CTL_ADD, mm->uffd, &event) < 0 ? -errno : 0;
 }
 
 int gr_lazy_register(struct gr_lazy_handler *handler, const struct gr_lazy_source *source,
 		     const struct gr_lazy_mm *parent, int uffd, int pid, struct gr_lazy_mm **out)
 {
+	bool is_common = is_sharing(source);
 	struct gr_lazy_mm *mm;
 	int ret = -ENOSPC;
 
+	if (is_common && !parent) /* else the lock is held: it is the parent's, too */
+		pthread_rwlock_wrlock(&handler->shared_lock);
 	pthread_mutex_lock(&handler->mms_lock);
 	mm = find_place(handler, source);
 	if (mm) {
-		pthread_rwlock_wrlock(&mm->lock); /* free, so nobody holds it for long */
+		if (!is_common)
+			pthread_rwlock_wrlock(&mm->own_lock); /* free, so nobody holds it for long */
 		ret = parent ? gr_lazy_mm_init_fork(mm, parent, uffd) : gr_lazy_mm_init(mm, source, uffd);
 		if (ret == 0)
 			ret = enter(handler, mm, pid);
-		pthread_rwlock_unlock(&mm->lock);
+		if (!is_common)
+			pthread_rwlock_unlock(&mm->own_lock);
 	}
 	pthread_mutex_unlock(&handler->mms_lock);
+	if (is_common && !parent)
+		pthread_rwlock_unlock(&handler->shared_lock);
 	if (ret == 0 && out)
 		*out = mm;
 	return ret;
+}
+
+bool gr_lazy_is_complete(const struct gr_lazy_handler *handler, const struct gr_lazy_mm *mm)
+{
+	const struct gr_lazy_source *source = mm->source;
+
+	if (__atomic_load_n(&mm->remaining, __ATOMIC_ACQUIRE))
+		return false;
+	/* What was mapped at first may be mapped again, so unmapping makes nothing complete. */
+	for (uint64_t i = 0; source->nr_views && i < source->nr_segments; i++) {
+		uint64_t object = source->segments[i].object;
+
+		if (object && __atomic_load_n(&handler->objects[object - 1].mm->remaining, __ATOMIC_ACQUIRE))
+			return false;
+	}
+	return true;
 }
 
 void gr_lazy_finish(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm)
 {
 	struct gr_lazy_shared *shared = handler->shared;
 	struct gr_lazy_watched *watched = &shared->watched[mm->number];
-	bool last = false;
+	bool last = false, is_object = false;
 
-	pthread_rwlock_wrlock(&mm->lock);
-	if (mm->uffd >= 0 && (mm->remaining == 0 || gr_lazy_is_gone(mm->uffd))) {
+	pthread_rwlock_wrlock(mm->lock);
+	if (mm->uffd >= 0 && (gr_lazy_is_complete(handler, mm) || gr_lazy_is_gone(mm->uffd))) {
 		pthread_mutex_lock(&handler->mms_lock);
 		/* Closing it ends the registration of all its ranges; what is missing now are zeros. */
 		close(mm->uffd);
@@ -145,12 +171,15 @@ void gr_lazy_finish(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm)
 		__atomic_fetch_add(&shared->status.lost_bytes, mm->remaining << GR_PAGE_SHIFT, __ATOMIC_RELAXED);
 		__atomic_fetch_add(mm->done_bytes, mm->remaining << GR_PAGE_SHIFT, __ATOMIC_RELAXED);
 		gr_lazy_mm_let_go(mm);
+		is_object = !mm->source->pid;
 		*watched = (struct gr_lazy_watched){ -1, 0, -1 };
 		handler->nr_free++;
-		last = __atomic_sub_fetch(&handler->nr_live, 1, __ATOMIC_ACQ_REL) == 0;
+		last = mm->source->pid && __atomic_sub_fetch(&handler->nr_live, 1, __ATOMIC_ACQ_REL) == 0;
 		pthread_mutex_unlock(&handler->mms_lock);
 	}
-	pthread_rwlock_unlock(&mm->lock);
+	pthread_rwlock_unlock(mm->lock);
+	if (is_object)
+		munmap((void *)mm->source->ranges[0].start, mm->source->ranges[0].end - mm->source->ranges[0].start);
 	if (last)
 		wake_control(handler);
 }
@@ -242,6 +271,10 @@ _Noreturn static void end(struct gr_lazy_handler *handler, enum gr_lazy_state st
 	char line[400];
 
 	status->filled_ns = gr_lazy_now_ns();
+	if (state == GR_LAZY_FILLED) { /* objects that nobody shows any more */
+		status->lost_bytes += status->total_bytes - status->done_bytes;
+		status->done_bytes = status->total_bytes;
+	}
 	if (state == GR_LAZY_FAILED || state == GR_LAZY_ENDED)
 		gr_lazy_kill_tree(handler->shared);
 	if (state == GR_LAZY_FAILED) {
@@ -333,7 +366,9 @@ static int prepare(struct gr_lazy_handler *handler)
 		return -errno;
 	if (!handler->record)
 		return -ENOMEM;
-	ret = gr_lazy_keeper_start(handler);
+	ret = gr_lazy_objects_open(handler);
+	if (ret == 0)
+		ret = gr_lazy_keeper_start(handler);
 	return ret < 0 ? ret : start_threads(handler, gr_lazy_serve);
 }
 

@@ -30,14 +30,22 @@ struct gr_lazy_pages { /* page indexes [first, end) */
 	uint64_t first, end;
 };
 
+struct gr_lazy_segment { /* [start, end) holds what was at `origin` when the tree was dumped */
+	uint64_t start, end, origin;
+	uint64_t object; /* 0, or: it shows sources[object - 1], and `origin` is where the handler has that */
+};
+
 struct gr_lazy_source {
-	int pid;
+	int pid; /* 0: an object of shared memory */
+	char name[40];
 	int *fds;
 	uint64_t nr_fds;
 	struct gr_lazy_run *runs; /* ascending; one more, empty, at the end */
 	uint64_t nr_runs, nr_pages;
 	struct gr_lazy_span *ranges;
 	uint64_t nr_ranges;
+	struct gr_lazy_segment *segments; /* ranges and views; ascending */
+	uint64_t nr_segments, nr_views;
 	struct gr_lazy_pages *order;
 	uint64_t nr_order, nr_hot;
 };
@@ -74,16 +82,12 @@ struct gr_lazy_shared {
 
 /* ---- one address space that misses pages (gr_lazy_mm.c) */
 
-struct gr_lazy_segment { /* [start, end) holds what was at `origin` when the tree was dumped */
-	uint64_t start, end, origin;
-};
-
 struct gr_lazy_mm {
 	/*
 	 * Held for reading while pages are placed, for writing while events are taken from the kernel: an event must not
-	 * overtake a page that was chosen before it.
+	 * overtake a page that was chosen before it. All who show shared memory, and all objects, have one lock together.
 	 */
-	pthread_rwlock_t lock;
+	pthread_rwlock_t *lock, own_lock;
 	int uffd; /* -1: let go, or the task is gone */
 	uint32_t number;
 	const struct gr_lazy_source *source; /* never changes: a place is taken again only by a fork of the same task */
@@ -125,8 +129,16 @@ enum gr_lazy_outcome gr_lazy_mm_zero(struct gr_lazy_mm *mm, uint64_t address, ui
 void gr_lazy_mm_wake(const struct gr_lazy_mm *mm, uint64_t address, uint64_t nr_pages);
 /* Whether nobody has this address space any more. Places nothing. */
 bool gr_lazy_is_gone(int uffd);
+void gr_lazy_lock_init(pthread_rwlock_t *lock);
+/* Why nothing can be placed there now: ESRCH if it is gone, EAGAIN while an event is under way, else another errno. */
+int gr_lazy_probe(int uffd);
 
 /* ---- the handler (gr_lazy_handler.c) */
+
+struct gr_lazy_object {
+	struct gr_lazy_mm *mm; /* its pages are placed in the handler's own mapping; NULL: no object, but a task */
+	uint64_t inode;
+};
 
 struct gr_lazy_handler {
 	struct gr_lazy_shared *shared;
@@ -135,11 +147,13 @@ struct gr_lazy_handler {
 	struct gr_lazy_options options;
 	int epoll;
 	int ended; /* eventfd: nothing is left to do, or something failed */
+	pthread_rwlock_t shared_lock; /* see struct gr_lazy_mm; taken before mms_lock */
+	struct gr_lazy_object *objects; /* by number of their source */
 	pthread_mutex_t mms_lock; /* of adding */
 	struct gr_lazy_mm *mms[GR_LAZY_MAX_MMS];
 	uint32_t nr_mms; /* atomic */
 	uint32_t nr_free; /* of them were let go */
-	uint32_t nr_live; /* atomic: miss pages */
+	uint32_t nr_live; /* atomic: tasks and forks that miss pages */
 	uint32_t turn;    /* atomic: whose turn it is in the background */
 	int filling;      /* atomic */
 	int failed;       /* atomic */
@@ -150,10 +164,12 @@ struct gr_lazy_handler {
 };
 
 _Noreturn void gr_lazy_handle(struct gr_lazy_handler *handler);
-/* Serve a new address space: that of a task, or of a fork of `parent` (whose lock is held for writing). 0 or -errno. */
+/* Serve a new address space: a task's, an object's, or that of a fork of `parent` (whose lock is held for writing). */
 int gr_lazy_register(struct gr_lazy_handler *handler, const struct gr_lazy_source *source,
 		     const struct gr_lazy_mm *parent, int uffd, int pid, struct gr_lazy_mm **out);
-/* Let go of an address space if it misses nothing any more, or if nobody has it any more. */
+/* Whether it misses nothing any more, nor does what it shows of shared memory. */
+bool gr_lazy_is_complete(const struct gr_lazy_handler *handler, const struct gr_lazy_mm *mm);
+/* Let go of an address space if it is complete, or if nobody has it any more. */
 void gr_lazy_finish(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm);
 /* The tree cannot get its pages any more: say why and end; the keeper kills it. */
 void gr_lazy_fail(struct gr_lazy_handler *handler, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
@@ -164,6 +180,7 @@ uint64_t gr_lazy_now_ns(void);
 struct gr_lazy_fault {
 	struct gr_lazy_mm *mm;
 	uint64_t address;
+	int tid;
 };
 
 struct gr_lazy_worker {
@@ -194,6 +211,28 @@ bool gr_lazy_read_pages(struct gr_lazy_worker *worker, const struct gr_lazy_sour
 /* gr_lazy_fill.c: a body of threads; and what a task needs at once. */
 void *gr_lazy_fill(void *handler);
 void gr_lazy_fill_hot(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm);
+
+/* ---- shared memory (gr_lazy_views.c) */
+
+/* Have the objects filled through mappings of the handler. 0 or -errno. */
+int gr_lazy_objects_open(struct gr_lazy_handler *handler);
+/* The page that a thread misses at an address that nobody told of: a view that was made or grew since. */
+bool gr_lazy_find_view(const struct gr_lazy_handler *handler, int tid, uint64_t address, struct gr_lazy_segment *out);
+
+#define GR_LAZY_MAX_ADVICE 64
+
+/* Calls of madvise(2) in which threads wait for their event to be taken. */
+struct gr_lazy_advice {
+	uint32_t nr;
+	struct { uint64_t start, end, advice; } calls[GR_LAZY_MAX_ADVICE];
+};
+
+/* The lock is held for writing in both. To be called before events are taken from an address space with views. */
+void gr_lazy_note_advice(const struct gr_lazy_handler *handler, const struct gr_lazy_mm *mm,
+			 struct gr_lazy_advice *advice);
+/* Follow the event in the objects that [start, end) shows. 0, or -ESRCH if nobody can tell what is becoming of them. */
+int gr_lazy_views_removed(struct gr_lazy_handler *handler, struct gr_lazy_mm *mm, const struct gr_lazy_advice *advice,
+			  uint64_t start, uint64_t end);
 
 /* ---- the keeper (gr_lazy_keeper.c) */
 

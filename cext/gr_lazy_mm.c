@@ -7,6 +7,16 @@
 
 #include "gr_lazy_internal.h"
 
+void gr_lazy_lock_init(pthread_rwlock_t *lock)
+{
+	pthread_rwlockattr_t attributes;
+
+	/* Events are rare and somebody waits for them; pages come all the time. */
+	pthread_rwlockattr_init(&attributes);
+	pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(lock, &attributes);
+}
+
 static uint64_t bitmap_words(const struct gr_lazy_source *source)
 {
 	return source->nr_pages / 64 + 1;
@@ -32,13 +42,11 @@ static int init(struct gr_lazy_mm *mm, const struct gr_lazy_source *source, int 
 
 int gr_lazy_mm_init(struct gr_lazy_mm *mm, const struct gr_lazy_source *source, int uffd)
 {
-	int ret = init(mm, source, uffd, source->nr_ranges);
+	int ret = init(mm, source, uffd, source->nr_segments);
 
 	if (ret < 0)
 		return ret;
-	for (uint64_t i = 0; i < source->nr_ranges; i++)
-		mm->segments[i] = (struct gr_lazy_segment){ source->ranges[i].start, source->ranges[i].end,
-							    source->ranges[i].start };
+	memcpy(mm->segments, source->segments, source->nr_segments * sizeof(*mm->segments));
 	mm->remaining = source->nr_pages;
 	mm->moved = false;
 	return 0;
@@ -104,7 +112,7 @@ bool gr_lazy_mm_where(const struct gr_lazy_mm *mm, uint64_t origin, uint64_t *ad
 		const struct gr_lazy_segment *segment = &mm->segments[i];
 		uint64_t size = segment->end - segment->start;
 
-		if (origin >= segment->origin && origin - segment->origin < size) {
+		if (!segment->object && origin >= segment->origin && origin - segment->origin < size) {
 			*address = segment->start + (origin - segment->origin);
 			*bytes = segment->end - *address;
 			return true;
@@ -168,6 +176,8 @@ void gr_lazy_mm_removed(struct gr_lazy_mm *mm, uint64_t start, uint64_t end)
 		uint64_t to = end < segment->end ? end : segment->end;
 		uint64_t first, last;
 
+		if (segment->object) /* gr_lazy_views_removed */
+			continue;
 		indexes(mm->source, segment->origin + (from - segment->start), segment->origin + (to - segment->start),
 			&first, &last);
 		gr_lazy_mm_set_done(mm, first, last - first);
@@ -327,7 +337,7 @@ enum gr_lazy_outcome gr_lazy_mm_zero(struct gr_lazy_mm *mm, uint64_t address, ui
 	return GR_LAZY_PLACED;
 }
 
-bool gr_lazy_is_gone(int uffd)
+int gr_lazy_probe(int uffd)
 {
 	static void *nothing; /* a page that cannot be read, so that nothing is ever placed */
 	struct uffdio_copy copy = { .dst = 1UL << 30, .len = GR_PAGE };
@@ -336,9 +346,14 @@ bool gr_lazy_is_gone(int uffd)
 		void *page = mmap(NULL, GR_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 		if (page == MAP_FAILED)
-			return false;
+			return ENOMEM;
 		nothing = page;
 	}
 	copy.src = (uint64_t)nothing;
-	return ioctl(uffd, UFFDIO_COPY, &copy) < 0 && errno == ESRCH;
+	return ioctl(uffd, UFFDIO_COPY, &copy) < 0 ? errno : 0;
+}
+
+bool gr_lazy_is_gone(int uffd)
+{
+	return gr_lazy_probe(uffd) == ESRCH;
 }

@@ -52,7 +52,7 @@ void gr_lazy_worker_close(struct gr_lazy_worker *worker)
 
 /* ---- messages of the kernel */
 
-static void add_fault(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, uint64_t address)
+static void add_fault(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, uint64_t address, int tid)
 {
 	if (worker->nr_faults == worker->max_faults) {
 		uint64_t more = worker->max_faults ? worker->max_faults * 2 : 64;
@@ -65,7 +65,7 @@ static void add_fault(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, uint
 		worker->faults = grown;
 		worker->max_faults = more;
 	}
-	worker->faults[worker->nr_faults++] = (struct gr_lazy_fault){ mm, address & ~(GR_PAGE - 1) };
+	worker->faults[worker->nr_faults++] = (struct gr_lazy_fault){ mm, address & ~(GR_PAGE - 1), tid };
 }
 
 /* A fork makes itself known by its first fault. */
@@ -92,7 +92,8 @@ static void know_pid(struct gr_lazy_handler *handler, const struct gr_lazy_mm *m
 		__atomic_store_n(&watched->pid, atoi(line + 6), __ATOMIC_RELEASE);
 }
 
-static void apply(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, const struct uffd_msg *message)
+static void apply(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, const struct gr_lazy_advice *advice,
+		  const struct uffd_msg *message)
 {
 	struct gr_lazy_handler *handler = worker->handler;
 	int ret = 0;
@@ -100,7 +101,7 @@ static void apply(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, const st
 	switch (message->event) {
 	case UFFD_EVENT_PAGEFAULT:
 		know_pid(handler, mm, (int)message->arg.pagefault.feat.ptid);
-		add_fault(worker, mm, message->arg.pagefault.address);
+		add_fault(worker, mm, message->arg.pagefault.address, (int)message->arg.pagefault.feat.ptid);
 		__atomic_fetch_add(&handler->shared->status.nr_faults, 1, __ATOMIC_RELAXED);
 		return;
 	case UFFD_EVENT_FORK:
@@ -111,6 +112,7 @@ static void apply(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, const st
 		break;
 	case UFFD_EVENT_REMOVE:
 		gr_lazy_mm_removed(mm, message->arg.remove.start, message->arg.remove.end);
+		ret = gr_lazy_views_removed(handler, mm, advice, message->arg.remove.start, message->arg.remove.end);
 		break;
 	case UFFD_EVENT_UNMAP:
 		ret = gr_lazy_mm_unmapped(mm, message->arg.remove.start, message->arg.remove.end);
@@ -119,7 +121,7 @@ static void apply(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, const st
 		ret = -EPROTO;
 	}
 	if (ret < 0)
-		gr_lazy_fail(handler, -ret, "following event %d of task %d", message->event, mm->source->pid);
+		gr_lazy_fail(handler, -ret, "following event %d of %s", message->event, mm->source->name);
 }
 
 /*
@@ -130,22 +132,25 @@ static void apply(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, const st
 static uint64_t take_messages(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, bool all)
 {
 	struct uffd_msg messages[MANY_MESSAGES];
+	struct gr_lazy_advice advice;
 	size_t wanted = (all ? MANY_MESSAGES : FEW_MESSAGES) * sizeof(messages[0]);
 	uint64_t taken = 0;
 
-	pthread_rwlock_wrlock(&mm->lock);
+	pthread_rwlock_wrlock(mm->lock);
 	while (mm->uffd >= 0) {
-		ssize_t size = read(mm->uffd, messages, wanted);
+		ssize_t size;
 
+		gr_lazy_note_advice(worker->handler, mm, &advice);
+		size = read(mm->uffd, messages, wanted);
 		if (size <= 0)
 			break;
 		for (size_t i = 0; i < (size_t)size / sizeof(messages[0]); i++, taken++)
-			apply(worker, mm, &messages[i]);
+			apply(worker, mm, &advice, &messages[i]);
 		if (!all)
 			break;
 	}
-	pthread_rwlock_unlock(&mm->lock);
-	if (__atomic_load_n(&mm->remaining, __ATOMIC_ACQUIRE) == 0)
+	pthread_rwlock_unlock(mm->lock);
+	if (gr_lazy_is_complete(worker->handler, mm))
 		gr_lazy_finish(worker->handler, mm);
 	return taken;
 }
@@ -156,7 +161,7 @@ bool gr_lazy_again(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, enum gr
 		worker->short_of_memory = 0;
 	switch (outcome) {
 	case GR_LAZY_PLACED:
-		if (__atomic_load_n(&mm->remaining, __ATOMIC_ACQUIRE) == 0)
+		if (gr_lazy_is_complete(worker->handler, mm))
 			gr_lazy_finish(worker->handler, mm);
 		return false;
 	case GR_LAZY_CHANGING:
@@ -172,7 +177,7 @@ bool gr_lazy_again(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, enum gr
 			gr_lazy_nap_us(10000);
 			return true;
 		}
-		gr_lazy_fail(worker->handler, code, "placing pages of task %d", mm->source->pid);
+		gr_lazy_fail(worker->handler, code, "placing pages of %s", mm->source->name);
 		return false;
 	}
 }
@@ -193,11 +198,11 @@ void *gr_lazy_serve(void *opaque)
 		mm = handler->mms[event.data.u32];
 		take_messages(&worker, mm, false);
 		/* From now on another thread may take the next ones. */
-		pthread_rwlock_rdlock(&mm->lock);
+		pthread_rwlock_rdlock(mm->lock);
 		event.events = EPOLLIN | EPOLLONESHOT;
 		if (mm->uffd >= 0)
 			epoll_ctl(handler->epoll, EPOLL_CTL_MOD, mm->uffd, &event);
-		pthread_rwlock_unlock(&mm->lock);
+		pthread_rwlock_unlock(mm->lock);
 		gr_lazy_answer_faults(&worker);
 	}
 	return NULL;

@@ -115,12 +115,42 @@ static int add_order(struct gr_lazy_source *source, const struct gr_lazy_task *t
 	return 0;
 }
 
+static int by_start(const void *a, const void *b)
+{
+	const struct gr_lazy_segment *left = a, *right = b;
+
+	return left->start < right->start ? -1 : left->start > right->start;
+}
+
+static int add_segments(struct gr_lazy_source *source, const struct gr_lazy_task *task, struct gr_error *err)
+{
+	struct gr_lazy_segment *segment;
+
+	source->segments = calloc(task->nr_ranges + task->nr_views + 1, sizeof(*segment));
+	if (!source->segments)
+		return gr_fail(err, ENOMEM, "listing the mappings of %s", source->name);
+	segment = source->segments;
+	for (uint64_t i = 0; i < task->nr_ranges; i++)
+		*segment++ = (struct gr_lazy_segment){ task->ranges[i].start, task->ranges[i].end, task->ranges[i].start, 0 };
+	for (uint64_t i = 0; i < task->nr_views; i++)
+		*segment++ = (struct gr_lazy_segment){ task->views[i].start, task->views[i].end, task->views[i].at,
+						       task->views[i].object + 1 };
+	source->nr_views = task->nr_views;
+	source->nr_segments = task->nr_ranges + task->nr_views;
+	qsort(source->segments, source->nr_segments, sizeof(*segment), by_start);
+	return 0;
+}
+
 static int build(struct gr_lazy_source *source, const struct gr_lazy_task *task, struct gr_error *err)
 {
 	uint64_t max = 0;
 	int ret;
 
 	source->pid = task->pid;
+	if (task->pid)
+		snprintf(source->name, sizeof(source->name), "task %d", task->pid);
+	else
+		snprintf(source->name, sizeof(source->name), "shared memory %lu", task->shmid);
 	source->fds = calloc(task->nr_fds ? task->nr_fds : 1, sizeof(int));
 	source->ranges = calloc(task->nr_ranges ? task->nr_ranges : 1, sizeof(*source->ranges));
 	if (!source->fds || !source->ranges)
@@ -129,7 +159,9 @@ static int build(struct gr_lazy_source *source, const struct gr_lazy_task *task,
 	memcpy(source->ranges, task->ranges, task->nr_ranges * sizeof(*source->ranges));
 	source->nr_fds = task->nr_fds;
 	source->nr_ranges = task->nr_ranges;
-	ret = reserve(source, &max, err);
+	ret = add_segments(source, task, err);
+	if (ret == 0)
+		ret = reserve(source, &max, err);
 	for (uint64_t i = 0; ret == 0 && i < task->nr_entries; i++) {
 		uint64_t start = task->vaddrs[i], end = start + (task->nr_pages[i] << GR_PAGE_SHIFT);
 
@@ -165,6 +197,7 @@ void gr_lazy_source_destroy(struct gr_lazy_source *source)
 		return;
 	free(source->fds);
 	free(source->ranges);
+	free(source->segments);
 	free(source->runs);
 	free(source->order);
 	free(source);

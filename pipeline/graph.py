@@ -63,6 +63,7 @@ class TaskFacts(NamedTuple):
     born_after: int | None = None
     born_with: int | None = None
     lazy_bytes: int = 0
+    shows_late: bool = False
     ancestral_bytes: int = 0
     replaced_bytes: int = 0
 
@@ -78,6 +79,7 @@ class TreeFacts(NamedTuple):
     tasks: Sequence[TaskFacts]
     shared_bytes: int = 0
     late_groups: bool = False
+    late_shared_bytes: int = 0
 
 
 class PluginFacts(NamedTuple):
@@ -123,12 +125,15 @@ def facts_of(tree: LoadedTree) -> TreeFacts:
             born_after=births.previous.get(pid),
             born_with=births.with_heir.get(pid) if not task.inherited else None,
             lazy_bytes=task.lazy.total_bytes if task.lazy is not None else 0,
+            shows_late=task.lazy is not None and bool(task.lazy.views),
             ancestral_bytes=task.ancestral.before.total_bytes if task.ancestral else 0,
             replaced_bytes=task.ancestral.after.total_bytes if task.ancestral else 0,
         )
         for pid, task in tree.tasks.items()
     ]
-    return TreeFacts(tasks, sum(plan.total_bytes for plan in tree.shared.values()), bool(births.last))
+    shared = sum(plan.total_bytes for plan in tree.shared.values())
+    late = sum(plan.total_bytes for plan in tree.late_shared.values())
+    return TreeFacts(tasks, shared, bool(births.last), late)
 
 
 # ---- building
@@ -152,7 +157,7 @@ def head(plugins: Iterable[PluginFacts], *, verify: bool = True) -> Graph:
 def restore(facts: TreeFacts, plugins: Sequence[PluginFacts], *, verify: bool = True) -> Graph:
     """The whole restore of a tree."""
     made = _Builder(head(plugins, verify=verify))
-    lazy_bytes = sum(task.lazy_bytes for task in facts.tasks)
+    lazy_bytes = sum(task.lazy_bytes for task in facts.tasks) + facts.late_shared_bytes
     made.add(FORK, [made.add(LAZY_HANDLER, [PLAN]) if lazy_bytes else PLAN])
     for name in _with(plugins, Hook.POST_FORKING):
         made.add(Node(Hook.POST_FORKING.name, plugin=name), [FORK])
@@ -165,7 +170,7 @@ def restore(facts: TreeFacts, plugins: Sequence[PluginFacts], *, verify: bool = 
         needed = [_filled(made, task.pid), *(Node("birth", t.pid) for t in order if t.born_from == task.pid)]
         if task.ancestral_bytes:
             needed = [made.add(Node("own memory", task.pid), needed, task.replaced_bytes)]
-        if task.lazy_bytes:
+        if task.lazy_bytes or task.shows_late:
             # A child that is cloned late keeps what is there already, and gets what comes lazily by itself.
             needed = [made.add(Node("lazy pages", task.pid), needed)]
         made.add(Node("protections", task.pid), needed)

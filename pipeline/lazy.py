@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import stat
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,8 +93,8 @@ class LazyPages:
         if self._handler is not None and not self._released:
             self._handler.close()
 
-    def start(self) -> None:
-        """Fork the handler. Blocks."""
+    def start(self, staging: Mapping[int, int]) -> None:
+        """Fork the handler; ``staging`` says where shared memory is mapped in this process. Blocks."""
         with ExitStack() as stack:
             record_fd = -1
             if self._settings.record is not None:
@@ -101,7 +102,8 @@ class LazyPages:
                 stack.callback(os.close, record_fd)
             self._handler = LazyHandler(
                 self._tree.folder,
-                list(self._plans.values()),
+                [*self._plans.values(), *self._tree.late_shared.values()],
+                staging,
                 jobs=self._stages.jobs,
                 report_fds=[*log_fds(), *stderr_fds(self._settings.detached)],
                 log_fd=next(iter(log_fds()), -1),
@@ -114,7 +116,7 @@ class LazyPages:
         cancel = self._stages.blocking.cancel
         slot, plan = planned.slots[pid], self._plans[pid]
         fd = region.run(slot, pid, lazy.plan_userfaultfd(), cancel)[0].result
-        region.run(slot, pid, lazy.plan_register(fd, plan.ranges), cancel)
+        region.run(slot, pid, lazy.plan_register(fd, plan.watched), cancel)
         pidfd = os.pidfd_open(pid)
         try:
             uffd = core.pidfd_getfd(pidfd, fd)

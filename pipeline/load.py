@@ -70,10 +70,11 @@ class LoadedTree:
     leaders: dict[int, pb.core_entry]  # zombies too
     tasks: dict[int, LoadedTask]
     objects: dict[int, SharedObject]
-    shared: dict[int, PagePlan]
+    shared: dict[int, PagePlan]  # those that come before the tree runs
     files: StagedFiles
     facts: dict[int, ProcessFacts] = field(default_factory=dict)
     ways: Ways = memory.DEFAULT_WAYS
+    late_shared: dict[int, LazyPlan] = field(default_factory=dict)  # objects that come when the tree runs already
 
     @property
     def root_pid(self) -> int:
@@ -99,7 +100,8 @@ class LoadedTree:
     @property
     def lazy_bytes(self) -> int:
         """Those that come when the tree runs already."""
-        return sum(task.lazy.total_bytes for task in self.tasks.values() if task.lazy is not None)
+        late = [*self.late_shared.values(), *(task.lazy for task in self.tasks.values() if task.lazy is not None)]
+        return sum(plan.total_bytes for plan in late)
 
 
 def plugins_of(folder: ImageFolder) -> tuple[str, ...]:
@@ -141,16 +143,19 @@ def load(
     if fault_order is not None:
         _make_lazy(folder, tasks, fault_order)
     objects = shmem.objects(mms)
+    shared = shmem.plan(folder, objects, ways)
+    late_shared = _make_shared_lazy(tasks, objects, shared, fault_order) if fault_order is not None else {}
     return LoadedTree(
         folder,
         entries,
         leaders,
         tasks,
         objects,
-        shmem.plan(folder, objects, ways),
+        {shmid: plan for shmid, plan in shared.items() if shmid not in late_shared},
         StagedFiles(folder, openers, ways, cancel),
         facts,
         ways,
+        late_shared,
     )
 
 
@@ -200,6 +205,25 @@ def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order
         task.lazy, task.inherited = plan, inherited_part
         if task.ancestral is not None:
             task.ancestral = inherited.limit_ancestral(folder, pid, task.mm, task.ancestral, later)
+
+
+def _make_shared_lazy(
+    tasks: Mapping[int, LoadedTask],
+    objects: Mapping[int, SharedObject],
+    shared: Mapping[int, PagePlan],
+    fault_order: FaultOrder,
+) -> dict[int, LazyPlan]:
+    """The same for shared memory; the tasks that show it are to be watched."""
+    late = lazy.plan_shared(
+        {shmid: plan.pagemap for shmid, plan in shared.items() if plan.compressed is None},
+        {shmid: item.size for shmid, item in objects.items()},
+        {pid: task.mm for pid, task in tasks.items()},
+        {pid: list(task.cores.values()) for pid, task in tasks.items()},
+        fault_order,
+    )
+    for pid, views in late.views.items():
+        tasks[pid].lazy = lazy.with_views(pid, tasks[pid].lazy, views)
+    return late.plans
 
 
 def check(tree: LoadedTree, restorer: Restorer) -> list[Finding]:

@@ -194,7 +194,9 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
     """The plan for people."""
     yield f"region at {plan.region:#x}, {plan.nr_slots} slots, {plan.hole_bytes} bytes with staged shared memory"
     for shmid, address in plan.staging.items():
-        yield f"shared memory {shmid} staged at {address:#x}, {tree.shared[shmid].total_bytes} bytes to read"
+        late = tree.late_shared.get(shmid)
+        what = f"{late.total_bytes} bytes to come lazily" if late else f"{tree.shared[shmid].total_bytes} bytes to read"
+        yield f"shared memory {shmid} staged at {address:#x}, {what}"
     for step in plan.tree.steps:
         match step:
             case pstree.Birth(pid=pid) if pid in plan.births.later:
@@ -211,8 +213,8 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
         yield f"task {pid}: read {pages.total_bytes} bytes of {pages.pages_name} in {pages.nr_chunks} pieces"
         if pages.huge:
             yield f"task {pid}: {pages.counts.huge_bytes} of them into huge pages"
-        if (late := tree.tasks[pid].lazy) is not None:
-            yield f"task {pid}: leave {late.total_bytes} bytes of {len(late.ranges)} mappings to come lazily"
+        if (lazy := tree.tasks[pid].lazy) is not None and lazy.ranges:
+            yield f"task {pid}: leave {lazy.total_bytes} bytes of {len(lazy.ranges)} mappings to come lazily"
         if ancestral := tree.tasks[pid].ancestral:
             what = f"{ancestral.before.total_bytes} old bytes, then put back {ancestral.after.total_bytes}"
             yield f"task {pid}: while children are born, show them {what}"

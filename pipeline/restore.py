@@ -193,17 +193,24 @@ class _Restore:
 
     async def _make(self, tree: LoadedTree, planned: RestorePlan, pidfile: Path | None) -> LazyFill | None:
         settings = self._lazy or LazySettings()
-        with PagesFiles(tree) as pages, LazyPages(self._stages, tree, settings) as lazy:
+        # What comes late the handler inherits from this process; of the rest it must not hold on to anything.
+        late = {shmid: planned.staging[shmid] for shmid in tree.late_shared}
+        others = {shmid: address for shmid, address in planned.staging.items() if shmid not in late}
+        with (
+            PagesFiles(tree) as pages,
+            shmem.Stage(tree.objects, late),
+            LazyPages(self._stages, tree, settings) as lazy,
+        ):
             async with self._walk.stage(graph.PLAN):
                 await self._run(plan.fill, planned, tree, self._restorer)
             faults.point("restore.planned")
-            # Before there is a region: the handler must not hold on to it, nor to what is staged behind it.
+            # Before there is a region and all that is staged behind it.
             if graph.LAZY_HANDLER in self._walk.graph.after:
                 async with self._walk.stage(graph.LAZY_HANDLER):
-                    await self._run(lazy.start)
+                    await self._run(lazy.start, planned.staging)
             with (
                 core.Region(planned.region, planned.nr_slots) as region,
-                shmem.Stage(tree.objects, planned.staging) as stage,
+                shmem.Stage(tree.objects, others) as stage,
                 core.Tracer() as tracer,
             ):
                 self._devices.use_tracer(tracer)

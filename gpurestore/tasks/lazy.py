@@ -1,18 +1,19 @@
 """Lazy restore: which memory of a tree may come when it runs already, and in which order it is wanted.
 
-Only private anonymous memory comes late. The kernel does not report missing pages of private file mappings; locked
-memory, memory that is wiped on fork and shared memory are filled before the tree runs. The handler that brings the
-pages is in :mod:`gpurestore.tasks.memory.lazy`.
+Anonymous memory comes late, private and shared. The kernel does not report missing pages of private file mappings;
+locked memory, memory that is wiped on fork and memfds, which can be read without being mapped, are filled before the
+tree runs. The handler that brings the pages is in :mod:`gpurestore.tasks.memory.lazy`.
 """
 
 from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from gpurestore.errors import GpurestoreError
 from gpurestore.images import pb
@@ -22,7 +23,7 @@ from gpurestore.tasks import inherited, vmaflags
 from gpurestore.tasks.inherited import Inherited, Source
 from gpurestore.tasks.maps import PAGE_BYTES
 from gpurestore.tasks.memory import PageRuns
-from gpurestore.tasks.memory.lazy import LazyPlan, Span
+from gpurestore.tasks.memory.lazy import LazyPlan, LazyView, Span
 
 FaultOrder = Mapping[int, Sequence[int]]  # addresses by pid
 
@@ -72,6 +73,68 @@ def plan_tree(
     return found
 
 
+class LateShared(NamedTuple):
+    """Shared anonymous memory that comes late: by shmid what is brought, by pid the mappings that show it."""
+
+    plans: dict[int, LazyPlan]
+    views: dict[int, tuple[LazyView, ...]]
+
+
+def plan_shared(
+    pagemaps: Mapping[int, Pagemap],
+    sizes: Mapping[int, int],
+    mms: Mapping[int, pb.mm_entry],
+    cores: Mapping[int, Sequence[pb.core_entry]],
+    fault_order: FaultOrder,
+) -> LateShared:
+    """Decide it for the objects of a tree, whose pagemaps and sizes are given by shmid.
+
+    An object of which any task has locked a part is there before the tree runs.
+    """
+    shown = {pid: [vma for vma in mm.vmas if vma.status & vmaflags.ANON_SHARED] for pid, mm in mms.items()}
+    locked = {vma.shmid for vmas in shown.values() for vma in vmas if vma.flags & vmaflags.MAP_LOCKED}
+    late = {shmid for shmid, pagemap in pagemaps.items() if pagemap.nr_pages and shmid not in locked}
+    views = {
+        pid: tuple(LazyView(vma.start, vma.end, vma.shmid, vma.pgoff) for vma in vmas if vma.shmid in late)
+        for pid, vmas in shown.items()
+    }
+    hot: dict[int, list[Span]] = {shmid: [] for shmid in late}
+    recorded: dict[int, list[Span]] = {shmid: [] for shmid in late}
+    for pid, own in views.items():
+        _add_shown(hot, own, [span for core in cores[pid] for span in _hot(core)])
+        _add_shown(recorded, own, [(address, address + _FAULT_BYTES) for address in fault_order.get(pid, ())])
+    plans = {}
+    for shmid in sorted(late):
+        places, size = _places(pagemaps[shmid], []), sizes[shmid]
+        plans[shmid] = LazyPlan(
+            pid=0,
+            ranges=((0, size),),
+            order=(*hot[shmid], *recorded[shmid], (0, size)),
+            nr_hot=len(hot[shmid]),
+            total_bytes=sum(places.nr_pages) * PAGE_BYTES,
+            shmid=shmid,
+            **places.of_plan(),
+        )
+    return LateShared(plans, {pid: own for pid, own in views.items() if own})
+
+
+def _add_shown(found: Mapping[int, list[Span]], views: Iterable[LazyView], spans: Sequence[Span]) -> None:
+    """What ``views`` show in ``spans`` of a task, as offsets in the objects."""
+    for view in views:
+        for start, end in spans:
+            low, high = max(start, view.start), min(end, view.end)
+            if low < high:
+                found[view.shmid].append((low - view.start + view.offset, high - view.start + view.offset))
+
+
+def with_views(pid: int, plan: LazyPlan | None, views: tuple[LazyView, ...]) -> LazyPlan:
+    """The plan of a task that shows shared memory which comes late; ``plan`` is about its own memory."""
+    if plan is None:
+        nothing = _Places(array("Q"), array("Q"), array("Q"), array("I"), (), array("Q", [0]))
+        plan = LazyPlan(pid=pid, ranges=(), order=(), nr_hot=0, total_bytes=0, **nothing.of_plan())
+    return replace(plan, views=views)
+
+
 def _without(heir: Inherited, mm: pb.mm_entry, later: Collection[int]) -> Inherited | None:
     """What a task still has from its parent when some of its mappings come late."""
     bases = {start: base for start, base in heir.bases.items() if start not in later}
@@ -115,12 +178,8 @@ def _plan(
         ranges=tuple((vma.start, vma.end) for vma in touched),
         order=(*hot, *recorded, *_by_need(touched, cores)),
         nr_hot=len(hot),
-        files=tuple(pages_file_name(ident) for ident in places.pages_ids),
-        vaddrs=places.vaddrs,
-        nr_pages=places.nr_pages,
-        page_offsets=places.page_offsets,
-        file_of=places.file_of,
         total_bytes=sum(map(stored, touched)) * PAGE_BYTES,
+        **places.of_plan(),
     )
 
 
@@ -133,6 +192,16 @@ class _Places(NamedTuple):
     file_of: array[int]
     pages_ids: Sequence[int]
     before: array[int]  # how many pages lie before each run
+
+    def of_plan(self) -> dict[str, Any]:
+        """The fields of a plan that say it."""
+        return {
+            "files": tuple(pages_file_name(ident) for ident in self.pages_ids),
+            "vaddrs": self.vaddrs,
+            "nr_pages": self.nr_pages,
+            "page_offsets": self.page_offsets,
+            "file_of": self.file_of,
+        }
 
 
 def _places(pagemap: Pagemap, sources: Sequence[Source]) -> _Places:

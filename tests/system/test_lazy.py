@@ -71,6 +71,17 @@ def test_memory_is_right_while_it_comes_and_is_forked_moved_and_given_back(
     wait_filled(lazy)
 
 
+@pytest.mark.parametrize("fill", ["filling", "on demand"])
+def test_shared_memory_comes_late_to_all_who_show_it(tool: Tool, victims: Victims, folder: Path, fill: str) -> None:
+    victim = victims.start("lazyshared", "256")
+    dump(tool, victim, folder / "images")
+    victim.go()
+    options = ["--record-faults", folder / "faults"] if fill == "on demand" else []
+    lazy = restore_lazily(tool, victim, folder / "images", *options)
+    victim.finish()
+    wait_filled(lazy)
+
+
 def test_the_handler_lets_go_when_all_is_in_place(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("idle", "64")
     for turn in range(2):
@@ -83,7 +94,7 @@ def test_the_handler_lets_go_when_all_is_in_place(tool: Tool, victims: Victims, 
     victim.finish()
 
 
-@pytest.mark.parametrize("name", ["tree", "heirs", "memory"])
+@pytest.mark.parametrize("name", ["tree", "heirs", "memory", "shared"])
 def test_state_of_all_kinds_survives(tool: Tool, victims: Victims, name: str) -> None:
     round_trip(tool, victims.start(name), 1, "-d", "--lazy")
 
@@ -108,6 +119,19 @@ def test_a_tree_whose_handler_dies_is_killed_and_never_fed_zeros(tool: Tool, vic
     assert len(told) == 1
     assert f"the handler (pid {lazy['handler_pid']})" in told[0]
     assert "the tree was killed" in told[0]
+
+
+def test_nobody_reads_zeros_from_shared_memory_when_the_handler_dies(
+    tool: Tool, victims: Victims, folder: Path
+) -> None:
+    victim = victims.start("lazyshared", "256")
+    dump(tool, victim, folder / "images")
+    victim.go()  # all tasks are reading when it dies
+    lazy = restore_lazily(tool, victim, folder / "images", "--record-faults", folder / "faults")
+    os.kill(lazy["handler_pid"], signal.SIGKILL)
+    processes.wait_gone(victim.pids)
+    processes.wait_until(lambda: lazy_processes() == [], "the keeper has ended")
+    assert not (victim.folder / "wrong").exists(), (victim.folder / "wrong").read_text()
 
 
 def test_the_command_in_front_tells_that_the_handler_died(tool: Tool, victims: Victims, folder: Path) -> None:
@@ -198,6 +222,16 @@ def test_a_dry_run_says_how_much_comes_late(tool: Tool, victims: Victims, folder
     assert int(late[0][late[0].index("bytes") - 1]) > 64 << 20
     assert "stage fill" in said
     assert lazy_processes() == []
+
+
+def test_a_dry_run_says_that_shared_memory_comes_late_once(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("lazyshared", "128")
+    dump(tool, victim, folder / "images")
+    said = tool.run("restore", "-D", folder / "images", "--lazy", "--dry-run").expect(0).out.splitlines()
+    late = [line.split() for line in said if line.startswith("shared memory") and line.endswith("to come lazily")]
+    # The object of 128 blocks, that of 64, and that of 16 with every second one empty; each once, whoever shows it.
+    assert sorted(int(words[words.index("bytes") - 1]) >> 18 for words in late) == [8, 64, 128]
+    assert not any(line.startswith("stage shared memory") for line in said)  # nothing of it before the tree runs
 
 
 def test_without_the_right_nothing_is_created(tool: Tool, victims: Victims, folder: Path) -> None:

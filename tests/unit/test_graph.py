@@ -60,6 +60,15 @@ def test_only_tasks_that_show_shared_memory_wait_for_it() -> None:
     assert SHARED_MEMORY in before(stages, RELEASE)
 
 
+def test_shared_memory_that_comes_late_holds_nobody_up_but_is_watched_by_all_who_show_it() -> None:
+    facts = graph.TreeFacts([Task(1, 1, shows_shared=True, shows_late=True), Task(2, 1)], late_shared_bytes=5)
+    stages = graph.restore(facts, ())
+    assert SHARED_MEMORY not in stages.after
+    assert {Node("lazy pages", 1), Node("lazy handler")} <= before(stages, RELEASE)
+    assert Node("lazy pages", 2) not in stages.after
+    assert stages.weights[Node("fill")] == 5
+
+
 def test_everything_ends_before_the_release() -> None:
     stages = made(Task(1, 1), Task(2), plugins=(CUDA, LATE, DUMPER), shared_bytes=5)
     assert before(stages, RELEASE) == set(stages.nodes) - {RELEASE}

@@ -11,12 +11,12 @@ from support.memory_child import PAGE, commit_images, pattern
 from gpurestore.errors import GpurestoreError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.pagemap import PRESENT, write_pagemap
+from gpurestore.images.pagemap import PRESENT, Pagemap, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.tasks import lazy, vmaflags
 from gpurestore.tasks.inherited import Inherited
 from gpurestore.tasks.memory import PageRuns, plan_pages
-from gpurestore.tasks.memory.lazy import LazyPlan
+from gpurestore.tasks.memory.lazy import LazyPlan, LazyView
 
 BASE = 0x10_0000_0000
 ANON = vmaflags.REGULAR | vmaflags.ANON_PRIVATE
@@ -128,6 +128,40 @@ def test_what_a_child_has_from_its_parent_comes_late_from_the_parents_image(fold
     assert child.inherited is not None
     assert list(child.inherited.runs) == [(program.start, 4)]
     assert list(child.inherited.kept) == [program.start]
+
+
+def shared(number: int, nr_pages: int, shmid: int, first_page: int = 0, flags: int = 0x21) -> pb.vma_entry:
+    entry = area(number, nr_pages, vmaflags.REGULAR | vmaflags.ANON_SHARED, flags)
+    entry.shmid, entry.pgoff = shmid, first_page * PAGE
+    return entry
+
+
+def test_shared_memory_comes_late_but_for_what_is_locked_or_empty() -> None:
+    stored = Pagemap(9, array("Q", [2 * PAGE]), array("Q", [4]), array("I", [PRESENT]), 4, True)
+    empty = Pagemap(8, array("Q"), array("Q"), array("I"), 0, True)
+    window = shared(1, 6, 70, first_page=2)
+    mms = {
+        1: pb.mm_entry(vmas=[shared(0, 8, 70), shared(3, 2, 71, flags=0x21 | vmaflags.MAP_LOCKED)]),
+        2: pb.mm_entry(vmas=[window, shared(2, 4, 72), shared(4, 2, 71)]),
+    }
+    late = lazy.plan_shared(
+        {70: stored, 71: stored, 72: empty},
+        dict.fromkeys((70, 71, 72), 8 * PAGE),
+        mms,
+        {1: [], 2: [core(window.start + 3 * PAGE)]},
+        {2: [window.start + PAGE], 1: [BASE - 16 * PAGE]},
+    )
+    assert late.views == {
+        1: (LazyView(BASE, BASE + 8 * PAGE, 70, 0),),
+        2: (LazyView(window.start, window.end, 70, 2 * PAGE),),
+    }
+    (plan,) = late.plans.values()
+    assert (plan.pid, plan.shmid, plan.total_bytes, plan.ranges) == (0, 70, 4 * PAGE, ((0, 8 * PAGE),))
+    # From below the stack pointer on, as an offset in the object; then what was recorded, then all.
+    assert plan.order[: plan.nr_hot] == ((4 * PAGE, 8 * PAGE),)
+    assert plan.order[plan.nr_hot :] == ((3 * PAGE, 8 * PAGE), (0, 8 * PAGE))
+    task = lazy.with_views(2, None, late.views[2])
+    assert (task.total_bytes, task.ranges, task.watched) == (0, (), [(window.start, window.end)])
 
 
 def test_recorded_faults_are_read_back_in_their_order(folder: Path) -> None:

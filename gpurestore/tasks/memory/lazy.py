@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gpurestore.batch import Call, Data, InOut, Ref
 from gpurestore.core import Cancel, check, ffi, lib, new_error
@@ -30,7 +30,8 @@ _RECORD_QUIET_MS: Final = 1000
 
 # include/uapi/linux/userfaultfd.h
 _UFFD_API: Final = 0xAA
-_EVENTS_AND_THREADS: Final = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 8  # FORK, REMAP, REMOVE, UNMAP, THREAD_ID
+# FORK, REMAP, REMOVE, MISSING_SHMEM, UNMAP, THREAD_ID
+_EVENTS_AND_THREADS: Final = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFDIO_REGISTER: Final = 0xC020AA00
 _REGISTER_MISSING: Final = 1
@@ -39,15 +40,24 @@ _REGISTER = struct.Struct("=QQQQ")  # start, bytes, mode, ioctls
 _O_NONBLOCK_CLOEXEC: Final = os.O_NONBLOCK | os.O_CLOEXEC
 
 
+class LazyView(NamedTuple):
+    """A mapping that shows shared memory which comes late, from ``offset`` on."""
+
+    start: int
+    end: int
+    shmid: int
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class LazyPlan:
-    """What of a task's memory comes late.
+    """What of a task's memory comes late; or, with ``pid`` 0, an object of shared memory, whose addresses are offsets.
 
     Run i: ``nr_pages[i]`` at ``vaddrs[i]``, from page ``page_offsets[i]`` of file ``files[file_of[i]]`` on.
     """
 
     pid: int
-    ranges: tuple[Span, ...]  # the mappings to register, ascending
+    ranges: tuple[Span, ...]  # the mappings that pages are brought to, ascending
     order: tuple[Span, ...]  # of first need; the first ``nr_hot`` are in place before the task runs
     nr_hot: int
     files: tuple[str, ...]
@@ -56,6 +66,13 @@ class LazyPlan:
     page_offsets: array[int]  # 'Q'
     file_of: array[int]  # 'I'
     total_bytes: int
+    views: tuple[LazyView, ...] = ()
+    shmid: int = 0
+
+    @property
+    def watched(self) -> list[Span]:
+        """The mappings in which the task's missing pages are to be reported."""
+        return sorted([*self.ranges, *((view.start, view.end) for view in self.views)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +148,22 @@ class LazyHandler:
         self,
         folder: ImageFolder,
         plans: Sequence[LazyPlan],
+        addresses: Mapping[int, int] | None = None,
         *,
         jobs: int | None = None,
         report_fds: Sequence[int] = (),
         log_fd: int = -1,
         record_fd: int = -1,
     ) -> None:
-        """Fork it. ``report_fds`` take the line that says why a tree was killed, ``log_fd`` the one of a good end."""
+        """Fork it. ``report_fds`` take the line that says why a tree was killed, ``log_fd`` the one of a good end.
+
+        ``addresses``: where this process has mapped objects of shared memory, by shmid. They stay empty until then.
+        """
         err, out = new_error(), ffi.new("struct gr_lazy **")
         with ExitStack() as stack:
             keep: list[Any] = []
-            tasks = ffi.new("struct gr_lazy_task[]", [_task(folder, plan, stack, keep) for plan in plans])
+            places = _Places(addresses or {}, {plan.shmid: i for i, plan in enumerate(plans) if not plan.pid})
+            tasks = ffi.new("struct gr_lazy_task[]", [_task(folder, plan, places, stack, keep) for plan in plans])
             reports = ffi.new("int[]", list(report_fds))
             options = {
                 "nr_threads": max(2, jobs or default_jobs()),
@@ -202,24 +224,41 @@ class LazyHandler:
         ffi.release(self._handle)
 
 
-def _task(folder: ImageFolder, plan: LazyPlan, stack: ExitStack, keep: list[Any]) -> Mapping[str, Any]:
+class _Places(NamedTuple):
+    """Objects of shared memory, by shmid: where they are mapped, and which of the tasks they are to the handler."""
+
+    addresses: Mapping[int, int]
+    numbers: Mapping[int, int]
+
+
+def _task(folder: ImageFolder, plan: LazyPlan, places: _Places, stack: ExitStack, keep: list[Any]) -> Mapping[str, Any]:
+    base = 0 if plan.pid else places.addresses[plan.shmid]
     fds = []
     for name in plan.files:
         fds.append(folder.open_raw(name))
         stack.callback(os.close, fds[-1])
     arrays = {
         "fds": ffi.new("int[]", fds),
-        "vaddrs": u64(plan.vaddrs),
+        "vaddrs": u64(array("Q", [base + vaddr for vaddr in plan.vaddrs]) if base else plan.vaddrs),
         "nr_pages": u64(plan.nr_pages),
         "page_offsets": u64(plan.page_offsets),
         "files": ffi.from_buffer("uint32_t[]", plan.file_of),
-        "ranges": ffi.new("struct gr_lazy_span[]", list(plan.ranges)),
-        "order": ffi.new("struct gr_lazy_span[]", list(plan.order)),
+        "ranges": ffi.new("struct gr_lazy_span[]", [(base + start, base + end) for start, end in plan.ranges]),
+        "order": ffi.new("struct gr_lazy_span[]", [(base + start, base + end) for start, end in plan.order]),
+        "views": ffi.new(
+            "struct gr_lazy_view[]",
+            [
+                (view.start, view.end, places.addresses[view.shmid] + view.offset, places.numbers[view.shmid])
+                for view in plan.views
+            ],
+        ),
     }
     keep.append(arrays)
     return {
         **arrays,
         "pid": plan.pid,
+        "shmid": plan.shmid,
+        "nr_views": len(plan.views),
         "nr_fds": len(fds),
         "nr_entries": len(plan.vaddrs),
         "nr_ranges": len(plan.ranges),
