@@ -31,8 +31,11 @@ class Collected:
         return {e.pid: e.ppid for e in self.entries if e.pid in self.mms and e.ppid in self.mms}
 
 
-def collect(tree: FrozenTree, table: FileTable, shell_job: bool) -> Collected:
-    """Ask every resource. What cannot be carried is in ``tree.findings`` afterwards. Blocks."""
+def collect(tree: FrozenTree, table: FileTable, shell_job: bool, observed: bool) -> Collected:
+    """Ask every resource. What cannot be carried is in ``tree.findings`` afterwards. Blocks.
+
+    ``observed``: for a while nobody but the tree itself has used its memory.
+    """
     found = tree.findings
     collected = Collected(pstree.collect(tree, shell_job))
     collected.ids = ids.collect(tree.living, found)
@@ -48,7 +51,7 @@ def collect(tree: FrozenTree, table: FileTable, shell_job: bool) -> Collected:
             continue
         collected.facts[str(task.pid)] = facts
         collected.mms[task.pid] = mm.collect(task, table, found)
-        if mm_facts := mm.collect_extension(task):
+        if mm_facts := mm.collect_extension(task, observed):
             collected.mm_facts[str(task.pid)] = mm_facts
         collected.fs[task.pid] = fs.collect(task, table)
         collected.fdinfos[task.pid] = table.add_descriptors(task)

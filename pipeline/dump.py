@@ -42,7 +42,7 @@ from gpurestore.pipeline.critical import CriticalStage, critical_stages, describ
 from gpurestore.pipeline.devices import Devices, PluginSettings
 from gpurestore.pipeline.operation import operation
 from gpurestore.pipeline.trace import WORKER_TRACK, Trace, summarize
-from gpurestore.tasks import ids, inherited, memory, procfs, shmem
+from gpurestore.tasks import ids, inherited, memory, procfs, shmem, usage
 from gpurestore.tasks.descriptors import FileTable
 from gpurestore.tasks.frozen import FrozenTree, tree_of
 
@@ -74,6 +74,7 @@ async def dump(
     leave_running: bool = False,
     leave_stopped: bool = False,
     shell_job: bool = False,
+    observe_s: float = 0.0,
     criu_compatible: bool = False,
     jobs: int | None = None,
     compress: str | None = None,
@@ -86,6 +87,7 @@ async def dump(
     """Dump the tree of ``pid`` into ``images_dir`` (new or empty), then kill it unless told otherwise.
 
     ``compress`` is ``lz4`` or ``zstd[:LEVEL]``.
+    For ``observe_s`` seconds the running tree is watched, so that a lazy restore brings first what it uses.
     With ``criu_compatible`` memory that tasks share since a fork is stored for each of them, as CRIU needs it.
     ``direct_io`` writes memory past the page cache; without ``sync`` the images are not waited for to reach the disk.
     Raises a GpurestoreError, and then the tree goes on and the folder is as it was; on cancellation the same.
@@ -98,7 +100,7 @@ async def dump(
     crew = Crew(Compression.parse(compress), nr_jobs) if compress is not None else None
     async with operation(progress, trace) as (blocking, spans):
         storage = _Storage(criu_compatible, crew, direct_io, sync)
-        dumping = _Dump(pid, spans, nr_jobs, shell_job, after, storage)
+        dumping = _Dump(pid, spans, nr_jobs, shell_job, observe_s, after, storage)
         return await dumping.run(blocking, images_dir, plugins or PluginSettings())
 
 
@@ -146,9 +148,18 @@ class _Storage:
 class _Dump:
     """One dump under way."""
 
-    def __init__(self, pid: int, spans: Trace, jobs: int, shell_job: bool, after: _After, storage: _Storage) -> None:
+    def __init__(
+        self,
+        pid: int,
+        spans: Trace,
+        jobs: int,
+        shell_job: bool,
+        observe_s: float,
+        after: _After,
+        storage: _Storage,
+    ) -> None:
         self._pid, self._spans, self._jobs, self._shell_job, self._after = pid, spans, jobs, shell_job, after
-        self._storage = storage
+        self._observe_s, self._storage = observe_s, storage
         self._shares_memory = False
         self._findings: list[Finding] = []
         self._pages_ids = count(1)
@@ -184,6 +195,8 @@ class _Dump:
 
     async def _dump(self, blocking: Blocking, tracer: core.Tracer, writer: ImageWriter, devices: Devices) -> int:
         tree = FrozenTree(tracer, self._pid, self._findings)
+        if self._observe_s:
+            await self._observe(blocking)
         try:
             await self._freeze(blocking, tree, devices)
             table = FileTable(self._findings, claims=devices)
@@ -198,6 +211,12 @@ class _Dump:
             with trio.CancelScope(shield=True):
                 await self._give_back(blocking, tree, devices, error)
             raise
+
+    async def _observe(self, blocking: Blocking) -> None:
+        """Let the tree show which memory it uses. Tasks that are born meanwhile show it anyway."""
+        async with self._spans.span("observe"):
+            usage.forget(await blocking.run(tree_of, self._pid))
+            await trio.sleep(self._observe_s)
 
     async def _freeze(self, blocking: Blocking, tree: FrozenTree, devices: Devices) -> None:
         """Pause the devices of all tasks while they run, then freeze from the root down. A task that was born meanwhile
@@ -223,7 +242,7 @@ class _Dump:
 
     async def _collect(self, blocking: Blocking, tree: FrozenTree, table: FileTable) -> Collected:
         async with self._spans.span("collect"):
-            collected = await blocking.run(collect, tree, table, self._shell_job)
+            collected = await blocking.run(collect, tree, table, self._shell_job, self._observe_s > 0)
         faults.point("dump.collected")
         if self._findings:
             raise UnsupportedResourceError(

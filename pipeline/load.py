@@ -12,7 +12,7 @@ from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.pagemap import read_pagemap
-from gpurestore.tasks import births, cores, cpu, inherited, lazy, memory, mm, numa, pstree, shmem, vdso
+from gpurestore.tasks import births, cores, cpu, inherited, lazy, memory, mm, numa, pstree, shmem, usage, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
@@ -197,6 +197,7 @@ def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order
         {pid: task.inherited for pid, task in tasks.items() if task.inherited is not None},
         fault_order,
         {pid: read_pagemap(folder, "ancestral", pid) for pid, task in tasks.items() if task.ancestral is not None},
+        {pid: usage.used(task.mm_facts) for pid, task in tasks.items()},
     )
     for pid, (later, plan, inherited_part) in late.items():
         task = tasks[pid]

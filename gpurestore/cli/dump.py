@@ -15,6 +15,7 @@ from gpurestore.cli.options import (
     plugin_settings,
     positive,
     print_json,
+    seconds,
     set_up_log,
 )
 
@@ -39,6 +40,13 @@ def add_parser(commands: Commands) -> None:
     after.add_argument("-s", "--leave-stopped", action="store_true", help="leave the tree stopped (SIGCONT wakes it)")
     parser.add_argument(
         "-j", "--shell-job", action="store_true", help="accept a tree whose session or group leader is outside of it"
+    )
+    parser.add_argument(
+        "--observe",
+        metavar="SECONDS",
+        type=seconds,
+        default=0.0,
+        help="before freezing, watch for so long which memory the tree uses: restore --lazy brings that first",
     )
     parser.add_argument(
         "--criu-compatible",
@@ -77,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             leave_running=args.leave_running,
             leave_stopped=args.leave_stopped,
             shell_job=args.shell_job,
+            observe_s=args.observe,
             criu_compatible=args.criu_compatible,
             jobs=args.jobs,
             compress=args.compress,

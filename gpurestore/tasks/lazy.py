@@ -52,11 +52,12 @@ def plan_tree(
     heirs: Mapping[int, Inherited],
     fault_order: FaultOrder,
     ancestral: Mapping[int, Pagemap] | None = None,
+    used: Mapping[int, Collection[int]] = {},
 ) -> dict[int, LateMemory]:
     """Decide it for all tasks, parents first. For images that were checked (plan_pages, inherited.load).
 
     ``pagemaps`` are those of all tasks, with nothing but stored pages, ``ancestral`` those of what a task no longer had
-    when it was dumped, but its children.
+    when it was dumped, but its children. ``used`` are the starts of mappings that were seen in use before the dump.
 
     A child cannot have from its parent what comes late: it gets pages of its own, from the parent's pages image.
     """
@@ -68,7 +69,8 @@ def plan_tree(
         later = can_come_late(mm) | {start for start, base in bases.items() if base.start in from_parent}
         sources = inherited.resolve(pid, heirs, pagemaps, ancestral) if heir is not None else []
         vmas = [vma for vma in mm.vmas if vma.start in later]
-        plan = _plan(pid, _places(pagemaps[pid], sources), vmas, cores[pid], fault_order.get(pid, ()))
+        places = _places(pagemaps[pid], sources)
+        plan = _plan(pid, places, vmas, cores[pid], fault_order.get(pid, ()), used.get(pid, ()))
         found[pid] = LateMemory(later, plan, _without(heir, mm, later) if heir is not None else None)
     return found
 
@@ -164,6 +166,7 @@ def _plan(
     vmas: Sequence[pb.vma_entry],
     cores: Sequence[pb.core_entry],
     faults: Sequence[int],
+    used: Collection[int],
 ) -> LazyPlan | None:
     def stored(vma: pb.vma_entry) -> int:
         return _up_to(places, vma.end) - _up_to(places, vma.start)
@@ -176,7 +179,7 @@ def _plan(
     return LazyPlan(
         pid=pid,
         ranges=tuple((vma.start, vma.end) for vma in touched),
-        order=(*hot, *recorded, *_by_need(touched, cores)),
+        order=(*hot, *recorded, *_by_need(touched, cores, used)),
         nr_hot=len(hot),
         total_bytes=sum(map(stored, touched)) * PAGE_BYTES,
         **places.of_plan(),
@@ -249,8 +252,9 @@ def _page_at(address: int) -> Span:
     return address, address + 1
 
 
-def _by_need(vmas: Sequence[pb.vma_entry], cores: Sequence[pb.core_entry]) -> list[Span]:
-    """All of the mappings: stacks from their pointers up, the heap, then the others, small ones first."""
+def _by_need(vmas: Sequence[pb.vma_entry], cores: Sequence[pb.core_entry], used: Collection[int]) -> list[Span]:
+    """All of the mappings: stacks from their pointers up, the heap, then the others: those in use first, small ones
+    first."""
     stacks, heap, others = [], [], []
     pointers = sorted(core.thread_info.gpregs.sp for core in cores)
     for vma in vmas:
@@ -262,7 +266,7 @@ def _by_need(vmas: Sequence[pb.vma_entry], cores: Sequence[pb.core_entry]) -> li
             heap.append((vma.start, vma.end))
         else:
             others.append((vma.start, vma.end))
-    return stacks + heap + sorted(others, key=lambda span: span[1] - span[0])
+    return stacks + heap + sorted(others, key=lambda span: (span[0] not in used, span[1] - span[0]))
 
 
 # ---- the order of faults, from one restore to the next

@@ -47,6 +47,7 @@ class Vma(NamedTuple):
     swap_bytes: int = 0
     locked_bytes: int = 0
     huge_bytes: int = 0  # memory, anonymous or shared, mapped by transparent huge pages
+    referenced_bytes: int = 0  # used since /proc/PID/clear_refs was written to
     pkey: int = 0
 
     @property
@@ -111,6 +112,7 @@ def _make(header: re.Match[bytes], facts: dict[bytes, bytes]) -> Vma:
         swap_bytes=_kib(facts, b"Swap"),
         locked_bytes=_kib(facts, b"Locked"),
         huge_bytes=_kib(facts, b"AnonHugePages") + _kib(facts, b"ShmemPmdMapped"),
+        referenced_bytes=_kib(facts, b"Referenced"),
         pkey=int(facts.get(b"ProtectionKey", b"0")),
     )
 

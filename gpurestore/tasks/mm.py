@@ -19,7 +19,7 @@ from gpurestore.batch import Call, CallResult, Data, Out, Ref
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import mappings, maps, memory, numa, vdso, vmaflags
+from gpurestore.tasks import mappings, maps, memory, numa, usage, vdso, vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES, PROT_WRITE, TASK_SIZE
 
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
@@ -131,8 +131,9 @@ def collect(task: Task, files: Files, findings: list[Finding]) -> pb.mm_entry:
     return mm
 
 
-def collect_extension(task: Task) -> dict[str, Any]:
-    """What CRIU's format has no field for: names of anonymous memory, locks on fault or in future, huge pages, NUMA."""
+def collect_extension(task: Task, observed: bool) -> dict[str, Any]:
+    """What CRIU's format has no field for: names of anonymous memory, locks on fault or in future, huge pages, NUMA;
+    and which mappings were in use, if that was ``observed``."""
     names = {}
     for vma in task.vmas:
         if vma.path.startswith(_NAMED) and not vma.shared:
@@ -142,6 +143,7 @@ def collect_extension(task: Task) -> dict[str, Any]:
     huge = memory.hugepages.describe(memory.scan(task.pid, with_huge, memory.HUGE)) if with_huge else []
     found = {"names": names, "lock_on_fault": on_fault, "lock_future": _locks_future(task), "huge": huge}
     found["numa"] = numa.collect(task)
+    found["used"] = usage.collect(task.vmas) if observed else []
     return {key: value for key, value in found.items() if value}
 
 

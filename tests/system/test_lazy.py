@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_shared_memory_comes_late_to_all_who_show_it(tool: Tool, victims: Victim
     lazy = restore_lazily(tool, victim, folder / "images", *options)
     victim.finish()
     wait_filled(lazy)
+
+
+def test_a_dump_that_observes_the_tree_notes_what_it_uses(tool: Tool, victims: Victims, folder: Path) -> None:
+    victim = victims.start("busy")
+    busy, idle = struct.unpack("=QQ", (victim.folder / "addresses").read_bytes())
+    images = folder / "images"
+    dump(tool, victim, images, "--observe", "0.3")
+    used = json.loads((images / "gpurestore.json").read_text())["extension"]["mm"][str(victim.pid)]["used"]
+    assert f"{busy:x}" in used
+    assert f"{idle:x}" not in used
+    lazy = restore_lazily(tool, victim, images)
+    wait_filled(lazy)
+    victim.finish()
 
 
 def test_the_handler_lets_go_when_all_is_in_place(tool: Tool, victims: Victims, folder: Path) -> None:

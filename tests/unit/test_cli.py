@@ -76,7 +76,7 @@ def exit_code_of(argv: list[str]) -> int:
 
 
 def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
-    method = ["--compress", "zstd:3", "--criu-compatible", "--direct-io", "--no-sync"]
+    method = ["--observe", "0.5", "--compress", "zstd:3", "--criu-compatible", "--direct-io", "--no-sync"]
     plugins = ["-L", "lib", "--plugin-option", "a.b=c", "--plugin-option", "a.d", "--hook-timeout", "2.5"]
     assert (
         main(["dump", "-t", "12", "-D", "dir", "-R", "-j", "--jobs", "3", "--trace", "t.json", *method, *plugins]) == 0
@@ -87,6 +87,7 @@ def test_dump_hands_every_option_to_the_pipeline(dump: FakePipeline) -> None:
         "leave_running": True,
         "leave_stopped": False,
         "shell_job": True,
+        "observe_s": 0.5,
         "criu_compatible": True,
         "jobs": 3,
         "compress": "zstd:3",

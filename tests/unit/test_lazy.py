@@ -104,6 +104,16 @@ def test_hot_pages_then_recorded_faults_then_stacks_then_the_heap_then_small_bef
     )
 
 
+def test_what_was_seen_in_use_comes_before_what_was_not(folder: Path) -> None:
+    vmas = [area(0, 64), area(1, 4), area(2, 32), area(3, 8)]
+    mms = {1: pb.mm_entry(vmas=vmas)}
+    with images(folder, {1: [(vma.start, (vma.end - vma.start) // PAGE) for vma in vmas]}) as found:
+        pagemap = plan_pages(found, 1, mms[1], later=lazy.can_come_late(mms[1])).pagemap
+    plan = lazy.plan_tree({1: pagemap}, mms, {1: []}, {}, {}, used={1: {vmas[0].start, vmas[3].start}})[1].plan
+    assert plan is not None
+    assert plan.order == tuple((vma.start, vma.end) for vma in (vmas[3], vmas[0], vmas[1], vmas[2]))
+
+
 def test_what_a_child_has_from_its_parent_comes_late_from_the_parents_image(folder: Path) -> None:
     program, heap = area(0, 4, vmaflags.REGULAR | vmaflags.FILE_PRIVATE), area(1, 8)
     mm = pb.mm_entry(vmas=[program, heap])

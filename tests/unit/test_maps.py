@@ -16,6 +16,7 @@ SMAPS = b"""\
 55d0c0a00000-55d0c0a21000 rw-p 00000000 00:00 0                          [heap]
 Size:                132 kB
 Rss:                  12 kB
+Referenced:            8 kB
 Swap:                  4 kB
 Locked:                8 kB
 VmFlags: rd wr mr mw me ac lo
@@ -32,6 +33,7 @@ def test_every_fact_of_an_smaps_entry_is_read() -> None:
     heap, file, vsyscall = maps.parse(SMAPS)
     assert (heap.start, heap.end, heap.prot, heap.shared) == (0x55D0C0A00000, 0x55D0C0A21000, 3, False)
     assert (heap.path, heap.rss_bytes, heap.swap_bytes, heap.locked_bytes) == ("[heap]", 12288, 4096, 8192)
+    assert heap.referenced_bytes == 8192
     assert heap.flags == {"rd", "wr", "mr", "mw", "me", "ac", "lo"}
     assert (file.path, file.deleted, file.shared, file.prot) == ("/tmp/a b\nc", True, True, 5)
     assert (file.offset, file.dev, file.ino, file.pkey) == (0x2000, (0xFE, 0), 338944, 3)

@@ -154,7 +154,7 @@ def test_an_address_space_comes_back_as_it_was(folder: Path, files: FakeFiles) -
         task = FakeTask(victim.pid)
         findings: list[Finding] = []
         found = mm.collect(task, files, findings)
-        extension = mm.collect_extension(task)
+        extension = mm.collect_extension(task, observed=False)
         assert findings == []
         objects = shmem.objects({victim.pid: found})
         with ImageWriter(folder / "images") as writer:
@@ -239,7 +239,7 @@ def test_names_of_anonymous_memory_and_locks_on_fault_are_kept_beside_the_format
     task = FakeTask(os.getpid())
     base = maps.Vma(0x1000, 0x2000, 3, False, 0, (0, 0), 0, "[anon:my arena]", False, frozenset({"lo", "lf"}))
     task.vmas = [base]
-    extension = mm.collect_extension(task)
+    extension = mm.collect_extension(task, observed=False)
     assert extension == {"names": {"1000": "my arena"}, "lock_on_fault": ["1000"]}
     name, lock = mm.plan_finish(space(area(0x1000, 0x2000, flags=0x2022)), {}, extension)
     assert (name.nr, name.args[4], name.may_fail) == (NR.PRCTL, Data(b"my arena\0"), True)
@@ -249,7 +249,7 @@ def test_names_of_anonymous_memory_and_locks_on_fault_are_kept_beside_the_format
 def test_memory_that_is_locked_in_future_is_kept_beside_the_format() -> None:
     task = FakeTask(os.getpid())
     task.msync, task.vmas = -errno.EBUSY, []
-    extension = mm.collect_extension(task)
+    extension = mm.collect_extension(task, observed=False)
     assert extension == {"lock_future": 2}  # MCL_FUTURE: the page was there at once
     (lock,) = mm.plan_finish(space(), (), extension)
     assert (lock.nr, lock.args, lock.want) == (NR.MLOCKALL, (2,), 0)
