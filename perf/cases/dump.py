@@ -8,7 +8,7 @@ from pathlib import Path
 
 from floors import default_threads
 from measure import MIB, Broken
-from suite import Bench, Contender, Outcome, remove
+from suite import Bench, Contender, Outcome, remove, sum_of_pss
 from support import processes
 from support.victims import Victim
 from tools import Criu, Run
@@ -52,18 +52,32 @@ def run(bench: Bench, outcome: Outcome) -> None:
 class Dumps:
     """One task that is dumped again and again and goes on in between."""
 
-    def __init__(self, bench: Bench, outcome: Outcome, what: str, victim: str, target: Path, mib: int) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        outcome: Outcome,
+        what: str,
+        victim: str,
+        target: Path,
+        mib: int,
+        *arguments: int,
+        with_criu: bool = True,
+    ) -> None:
+        """``arguments`` of the victim: ``mib`` where there are none."""
         self.bench, self.outcome, self.what, self.target = bench, outcome, what, target
         self.nr_bytes = mib * MIB
-        self.victim = Victim.start(bench.programs.program(victim), target / f"dumped-{victim}", str(mib))
+        command = bench.programs.program(victim)
+        self.victim = Victim.start(command, target / f"dumped-{victim}", *map(str, arguments or (mib,)))
+        self.criu = bench.criu if with_criu else None
+        self.pss_growth_percent: list[float] = []
         self.ours = outcome.line(what, "ours", "gpurestore", self.nr_bytes, compared_by="command")
         self.kept: list[tuple[Path, Criu | None]] = []
 
     def measure(self, variants: Sequence[tuple[str, ...]], floors: Sequence[Contender] = ()) -> None:
         """Dump in turns."""
         contenders: list[Contender] = [partial(self.dump, options) for options in variants]
-        if self.bench.criu:
-            contenders.append(partial(self.dump_by_criu, self.bench.criu))
+        if self.criu:
+            contenders.append(partial(self.dump_by_criu, self.criu))
         self.bench.in_turns([*contenders, *floors])
 
     def dump(self, options: tuple[str, ...]) -> None:
@@ -71,7 +85,9 @@ class Dumps:
         name = " ".join(("gpurestore", *options))
         line = self.outcome.line(self.what, "ours", name, self.nr_bytes, compared_by="command")
         images = self._images(name, None)
+        before = sum_of_pss(self.victim.pids)
         run = self.bench.gpurestore.dump(self.victim.pid, images, "-R", *options)
+        self.pss_growth_percent.append(100 * (sum_of_pss(self.victim.pids) / before - 1))
         line.add_run(run)
         line.add("image", run.facts["image_bytes"] / MIB, "MiB")
 

@@ -9,8 +9,10 @@ from measure import MIB
 from subject import subject
 from suite import Bench, Contender, Outcome, Skipped, available_bytes, pages_files
 
+from cases.dump import Dumps
+
 NAME = "forked"
-TITLE = "Restore of memory shared by fork"
+TITLE = "Restore and dump of memory shared by fork"
 NR_WORKERS = 8
 _PROBE_MIB = 16
 
@@ -44,6 +46,17 @@ def run(bench: Bench, outcome: Outcome) -> None:
     ratio = shared_line.median("command") / alone_line.median("command")
     outcome.want_below(f"{what}, against the same without workers", 1.2, ratio, "x")
     outcome.notes.append(f"Sum of PSS: {before / MIB:.1f} MiB before the dump, {after / MIB:.1f} MiB after a restore.")
+    dump(bench, outcome, mib, has_room)
+
+
+def dump(bench: Bench, outcome: Outcome, mib: int, has_room: bool) -> None:
+    """Dumps of the tree, which goes on and shall share as much as before."""
+    what = f"dump of {mib} MiB shared with {NR_WORKERS} forked workers"
+    tree = Dumps(bench, outcome, what, "forked", bench.folder, mib, NR_WORKERS, mib, with_criu=has_room)
+    tree.measure([()], [partial(tree.floor, "plain copy into a new file")])
+    growth = max(tree.pss_growth_percent)
+    outcome.want_below(f"{what}: growth of the memory in use (sum of PSS) by a dump with -R", 1, growth, "%")
+    tree.verify()
 
 
 def probe(bench: Bench, outcome: Outcome) -> None:
