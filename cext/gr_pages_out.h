@@ -7,7 +7,7 @@
 
 /*
  * Where the pages are read: the memory of a frozen task, or (source_fd >= 0) a file, at the run's address as offset.
- * Pages that hold nothing but zeros are left out, except in the runs that begin in one of the ascending nr_kept ranges.
+ * Pages that hold nothing but zeros are left out, except in the ranges `kept`: ascending, and each run within one or none.
  */
 struct gr_pages_source {
 	int pid;
