@@ -7,14 +7,12 @@ Nothing here is trusted: :meth:`ProcessFacts.from_json` takes any value and rais
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from gpurestore.errors import ImageError
+from gpurestore.tasks import jsonvalues
 
-T = TypeVar("T")
 ALL_CPUS = "all"
 
 
@@ -70,10 +68,7 @@ class ProcessFacts:
 
 def load(extension: Mapping[str, Any]) -> dict[int, ProcessFacts]:
     """The facts of every process in a manifest's extension; empty for images without them."""
-    raw = extension.get("tasks", {})
-    if not isinstance(raw, dict):
-        raise ImageError("gpurestore.json: tasks is not an object")
-    return {_key(k, "tasks"): ProcessFacts.from_json(v, f"tasks.{k}") for k, v in raw.items()}
+    return jsonvalues.by_number(ProcessFacts.from_json)(extension.get("tasks", {}), "tasks")
 
 
 def _to_json(facts: ThreadFacts | ProcessFacts, unknown: ThreadFacts | ProcessFacts) -> dict[str, Any]:
@@ -94,63 +89,30 @@ def _value(value: Any) -> Any:
     return value
 
 
-def _key(key: object, where: str) -> int:
-    if not isinstance(key, str) or not key.isascii() or not key.isdecimal() or len(key) > 10:
-        raise ImageError(f"gpurestore.json: {where}: {key!r} is not a number")
-    return int(key)
-
-
 def _int(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 64:
-        raise ImageError(f"gpurestore.json: {where}: not a 64-bit number")
-    return value
+    return jsonvalues.number(value, where, low=-(1 << 63))
 
 
 def _ints(value: object, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > 64:
-        raise ImageError(f"gpurestore.json: {where}: not a short list")
-    return tuple(_int(v, where) for v in value)
+    return tuple(_int(item, where) for item in jsonvalues.sequence(value, where, most=64))
 
 
-def _str(value: object, where: str) -> str:
-    if not isinstance(value, str) or len(value) > 1 << 16:
-        raise ImageError(f"gpurestore.json: {where}: not a string")
-    return value
-
-
-def _bytes(value: object, where: str) -> bytes:
-    try:
-        return base64.b64decode(_str(value, where), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"gpurestore.json: {where}: not base64") from error
-
-
-def _by_number(read: Callable[[object, str], T]) -> Callable[[object, str], dict[int, T]]:
-    def reader(value: object, where: str) -> dict[int, T]:
-        if not isinstance(value, dict):
-            raise ImageError(f"gpurestore.json: {where}: not an object")
-        return {_key(k, where): read(v, f"{where}.{k}") for k, v in value.items()}
-
-    return reader
-
-
-_READERS: dict[str, Callable[[object, str], Any]] = {
-    "comm": _bytes,
-    "affinity": _str,
+_READERS: dict[str, jsonvalues.Reader[Any]] = {
+    "comm": jsonvalues.blob,
+    "affinity": jsonvalues.text,
     "sched": _ints,
     "mempolicy": _ints,
     "speculation": _ints,
-    "xstate": _by_number(_bytes),
-    "threads": _by_number(ThreadFacts.from_json),
+    "xstate": jsonvalues.by_number(jsonvalues.blob),
+    "threads": jsonvalues.by_number(ThreadFacts.from_json),
 }
 
 F = TypeVar("F", ThreadFacts, ProcessFacts)
 
 
 def _from_json(facts: F, raw: object, where: str) -> F:
-    if not isinstance(raw, dict):
-        raise ImageError(f"gpurestore.json: {where}: not an object")
+    known = jsonvalues.mapping(raw, where)
     for f in fields(facts):
-        if f.name in raw:
-            setattr(facts, f.name, _READERS.get(f.name, _int)(raw[f.name], f"{where}.{f.name}"))
+        if f.name in known:
+            setattr(facts, f.name, _READERS.get(f.name, _int)(known[f.name], f"{where}.{f.name}"))
     return facts

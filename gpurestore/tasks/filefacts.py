@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gpurestore.errors import ImageError
+from gpurestore.tasks import jsonvalues
 
 _ID_MAX = (1 << 32) - 1
 
@@ -44,52 +44,35 @@ class FileFacts:
     @classmethod
     def from_json(cls, value: object) -> FileFacts:
         """The facts of an extension section (None: images of CRIU)."""
-        parts = _object({} if value is None else value)
-        return cls(
-            semaphores=[_number(item) for item in _list(parts.get("semaphores", []))],
-            unix_sockets=[_number(item) for item in _list(parts.get("unix_sockets", []))],
-            rdev=_numbers(parts.get("rdev", {}), (1 << 63) - 1),
-            tmpfs=_numbers(parts.get("tmpfs", {}), _ID_MAX),
-            pipes={_key(key): _owner(item) for key, item in _object(parts.get("pipes", {})).items()},
-            packets={
-                _key(key): [_number(length) for length in _list(item)]
-                for key, item in _object(parts.get("packets", {})).items()
-            },
-        )
+        facts = cls()
+        for name, part in jsonvalues.mapping({} if value is None else value, "files").items():
+            if name in _READERS:
+                setattr(facts, name, _READERS[name](part, f"files.{name}"))
+        return facts
 
 
-def _owner(value: object) -> PipeOwner:
-    parts = _object(value)
-    return PipeOwner(*(_number(parts.get(name)) for name in ("uid", "gid", "mode")))
+def _id(value: object, where: str) -> int:
+    return jsonvalues.number(value, where, high=_ID_MAX)
 
 
-def _numbers(value: object, limit: int) -> dict[int, int]:
-    return {_key(key): _number(item, limit) for key, item in _object(value).items()}
+def _ids(value: object, where: str) -> list[int]:
+    return [_id(item, where) for item in jsonvalues.sequence(value, where)]
 
 
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _wrong(value)
-    return value
+def _device(value: object, where: str) -> int:
+    return jsonvalues.number(value, where, high=(1 << 63) - 1)
 
 
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise _wrong(value)
-    return value
+def _owner(value: object, where: str) -> PipeOwner:
+    parts = jsonvalues.mapping(value, where)
+    return PipeOwner(*(_id(parts.get(name), f"{where}.{name}") for name in ("uid", "gid", "mode")))
 
 
-def _key(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or len(value) > 10:
-        raise _wrong(value)
-    return int(value)
-
-
-def _number(value: object, limit: int = _ID_MAX) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        raise _wrong(value)
-    return value
-
-
-def _wrong(value: object) -> ImageError:
-    return ImageError(f"gpurestore.json: {str(value)[:40]!r} stands in the section about files, where it cannot be")
+_READERS: dict[str, jsonvalues.Reader[Any]] = {
+    "semaphores": _ids,
+    "unix_sockets": _ids,
+    "rdev": jsonvalues.by_number(_device),
+    "tmpfs": jsonvalues.by_number(_id),
+    "pipes": jsonvalues.by_number(_owner),
+    "packets": jsonvalues.by_number(_ids),
+}

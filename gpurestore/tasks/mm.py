@@ -19,7 +19,7 @@ from gpurestore.batch import Call, CallResult, Data, Out, Ref
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import mappings, maps, memory, numa, usage, vdso, vmaflags
+from gpurestore.tasks import jsonvalues, mappings, maps, memory, numa, usage, vdso, vmaflags
 from gpurestore.tasks.maps import PAGE_BYTES, PROT_WRITE, TASK_SIZE
 
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
@@ -424,13 +424,13 @@ def plan_finish(mm: pb.mm_entry, made: Mapping[int, int], extension: Mapping[str
             if vma.madv >> advice & 1 and advice != vmaflags.MADV_NOHUGEPAGE:
                 calls.append(_advise(vma, advice))
     calls += [_advise(vma, vmaflags.MADV_GUARD_INSTALL) for vma in mm.vmas if vmaflags.is_guard(vma)]
-    names = extension.get("names", {})
+    names = jsonvalues.mapping(extension.get("names", {}), "mm.names")
     for vma in ours:
         if f"{vma.start:x}" in names:
-            name = Data(names[f"{vma.start:x}"].encode(errors="surrogateescape") + b"\0")
+            name = Data(jsonvalues.kernel_text(names[f"{vma.start:x}"], "mm.names") + b"\0")
             args = (_PR_SET_VMA, _PR_SET_VMA_ANON_NAME, vma.start, vma.end - vma.start, name)
             calls.append(Call(NR.PRCTL, args, f"naming {vma.start:x}-{vma.end:x}", may_fail=True))
-    calls += _plan_locks(mm, ours, extension.get("lock_on_fault", ()))
+    calls += _plan_locks(mm, ours, jsonvalues.sequence(extension.get("lock_on_fault", []), "mm.lock_on_fault"))
     future = extension.get("lock_future", 0)
     if future not in (0, _MCL_FUTURE, _MCL_FUTURE | _MCL_ONFAULT):
         raise ImageError(f"gpurestore.json: mm: lock_future {future!r} is none of mlockall's flags for future mappings")

@@ -15,7 +15,7 @@ from gpurestore.batch import Call, Data, Out
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import maps, procfs
+from gpurestore.tasks import jsonvalues, maps, procfs
 
 if TYPE_CHECKING:
     from gpurestore.tasks.mm import Task
@@ -55,9 +55,7 @@ def collect(task: Task) -> dict[str, list[int]]:
 
 def of_mappings(extension: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
     """What :func:`collect` found, out of an image. Raises ImageError."""
-    policies = extension.get("numa", {})
-    if not isinstance(policies, dict):
-        raise ImageError("gpurestore.json: mm: numa is not an object")
+    policies = jsonvalues.mapping(extension.get("numa", {}), "mm.numa")
     return {start: _checked(policy) for start, policy in policies.items()}
 
 

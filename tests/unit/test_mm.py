@@ -257,6 +257,20 @@ def test_memory_that_is_locked_in_future_is_kept_beside_the_format() -> None:
         mm.plan_finish(space(), (), {"lock_future": 1})
 
 
+@pytest.mark.parametrize(
+    ("extension", "why"),
+    [
+        ({"names": []}, r"mm\.names: not an object"),
+        ({"names": {"1000": 5}}, r"mm\.names: not a string"),
+        ({"names": {"1000": "\ud800"}}, r"mm\.names: not a string of the kernel's"),
+        ({"lock_on_fault": {"1000": 1}}, r"mm\.lock_on_fault: not a list"),
+    ],
+)
+def test_facts_of_a_wrong_kind_are_image_errors(extension: dict[str, Any], why: str) -> None:
+    with pytest.raises(ImageError, match=why):
+        mm.plan_finish(space(area(0x1000, 0x2000)), {}, extension)
+
+
 def test_stripping_leaves_the_region_and_the_kernels_areas_and_nothing_else() -> None:
     own = vdso.Layout((vdso.Part(0x7000_0000, 0x4000, False), vdso.Part(0x7000_4000, 0x2000, True)))
     kernels = vmaflags.REGULAR | vmaflags.ANON_PRIVATE
