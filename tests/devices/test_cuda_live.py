@@ -60,7 +60,9 @@ def test_a_job_that_was_dumped_and_restored_ends_with_the_same_result(
     assert successful(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
 
 
-def test_a_tree_of_several_such_processes_and_one_that_is_none(fake: FakeCuda, tool: Tool, folder: Path) -> None:
+def test_every_process_of_a_tree_that_uses_cuda_comes_back_with_its_device(
+    fake: FakeCuda, tool: Tool, folder: Path
+) -> None:
     outs = [folder / f"out-{i}" for i in range(3)]
     root = fake.start_tree(*outs, steps=STEPS)
     pids = sorted(int(path.stem) for path in fake.folder.glob("*.state"))

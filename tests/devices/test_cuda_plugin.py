@@ -129,6 +129,7 @@ def test_a_process_that_died_meanwhile_needs_nothing_back(fake: FakeCuda, host: 
     fake.end()
     run(plugin.dump_finish, -1)
     plugin.exit(Stage.DUMP, -1)
+    assert fake.calls() == [("lock", pid, 0)]
 
 
 @pytest.mark.parametrize(("call", "code"), [("lock", 401), ("checkpoint", 2), ("checkpoint", 801)])

@@ -109,7 +109,7 @@ def test_kernels_compute_what_numpy_does(context: Context, kind: Type, code: str
     same(get(out, -1)[:9], (a.T @ b).ravel() + 2 * before)
 
 
-def test_softmax_and_its_gradient(context: Context) -> None:
+def test_softmax_gives_loss_and_gradient_and_refuses_a_wrong_label(context: Context) -> None:
     np = pytest.importorskip("numpy")
     scores = np.array([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]])
     loss, gradient = context.alloc(16), context.alloc(48)

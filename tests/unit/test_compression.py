@@ -261,7 +261,7 @@ def test_damage_to_several_bytes_is_found(data: Any) -> None:
 SMALL = image("lz4", CHUNKS[2:])
 
 
-def test_the_layout_in_bytes() -> None:
+def test_a_compressed_file_has_these_bytes() -> None:
     content = image("lz4", [bytes(PAGE)])
     assert content[:24].hex() == "502a4d181000000047525041474553010100000000000800"
     assert content[24:31].hex() == "04224d18607073"

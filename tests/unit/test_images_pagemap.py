@@ -7,7 +7,6 @@ import time
 from array import array
 
 import pytest
-from google.protobuf.internal import encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from support.image_samples import refusal
@@ -217,7 +216,3 @@ def test_an_error_in_a_file_counts_from_its_first_byte(tmp_path):
     (tmp_path / "pagemap-1.img").write_bytes(HEAD + encode_record(pb.pagemap_head(pages_id=1)) + b"\0\0\0\0")
     with ImageFolder(tmp_path) as folder, pytest.raises(ImageError, match=r"pagemap-1\.img: damaged at byte 14: "):
         pagemap.read_pagemap(folder, "pagemap", 1)
-
-
-def test_tags_are_those_of_protobuf():
-    assert encoder.TagBytes(5, 0) == b"\x28"

@@ -50,7 +50,7 @@ def shmem(path: str, *flags: str, shared: bool = True) -> Vma:
         (shmem("/memfd:x", shared=False), REGULAR | vmaflags.FILE_PRIVATE | vmaflags.MEMFD, PRIVATE),
     ],
 )
-def test_a_kind_is_recognised(found: Vma, status: int, flags: int) -> None:
+def test_every_kind_of_mapping_is_recognised(found: Vma, status: int, flags: int) -> None:
     kind = mappings.classify(1, found)
     assert kind == Kind(status, flags, file=bool(status & (vmaflags.FILE_PRIVATE | vmaflags.FILE_SHARED)))
 

@@ -48,7 +48,7 @@ def _wanted():
 
 @needs_root
 @pytest.mark.parametrize("name", _wanted() if os.geteuid() == 0 else [])
-def test_a_thread_becomes(name):
+def test_a_thread_gets_the_credentials_that_were_planned(name):
     want = _wanted()[name]
 
     def work():
