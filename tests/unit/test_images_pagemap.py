@@ -185,16 +185,16 @@ def test_an_impossible_run_is_not_written():
         pagemap.encode(1, [0], [1, 1], [4])
 
 
-def test_a_million_entries_take_well_below_a_second():
+def test_a_million_entries_take_well_below_a_second_of_processor_time():
     nr = 1_000_000
     vaddrs = array("Q", range(0x7F0000000000, 0x7F0000000000 + nr * 16384, 16384))
     nr_pages, flags = array("Q", [3]) * nr, array("I", [4]) * nr
-    start = time.perf_counter()
+    start = time.thread_time()
     data = pagemap.encode(1, vaddrs, nr_pages, flags)
     result = pagemap.decode(data)
-    elapsed_s = time.perf_counter() - start
+    cpu_s = time.thread_time() - start
     assert result.vaddrs == vaddrs
-    assert elapsed_s < 1
+    assert cpu_s < 1
 
 
 def test_a_pagemap_goes_through_a_folder(tmp_path):

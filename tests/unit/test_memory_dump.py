@@ -130,9 +130,9 @@ def test_a_reservation_of_a_terabyte_costs_nothing() -> None:
 
     with MemoryChild(prepare) as child:
         (start,) = child.values
-        began = time.perf_counter()
+        began = time.thread_time()
         assert scan(child, start, size, memory.IOCTL) == [(start + size - PAGE, 1)]
-        assert time.perf_counter() - began < 1
+        assert time.thread_time() - began < 1
 
 
 def test_a_scan_can_be_cancelled() -> None:
