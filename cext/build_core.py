@@ -47,6 +47,7 @@ INTERNAL_UNITS = (
     "gr_zeros",
     "gr_pump_queue",
     "gr_pump_fill",
+    "gr_placing",
     "gr_lazy_source",
     "gr_lazy_mm",
     "gr_lazy_serve",

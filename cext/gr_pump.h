@@ -72,6 +72,7 @@ struct gr_pump_counts {
 	uint64_t done_bytes;
 	uint64_t moved_bytes;  /* of done_bytes: that came to their place by UFFDIO_MOVE, or through a huge mapping */
 	uint64_t direct_bytes; /* of done_bytes: that were read past the page cache */
+	uint64_t placed_bytes; /* of done_bytes: that were put into an object as whole pages, by gr_pump_fill */
 };
 void gr_pump_queue_counts(const struct gr_pump_queue *queue, struct gr_pump_counts *out);
 
@@ -106,11 +107,18 @@ int gr_pump_run(struct gr_region *region, const struct gr_pump_worker *worker, c
 int gr_pump_populate(struct gr_region *region, const struct gr_pump_worker *worker, struct gr_pump_queue *queue,
 		     int *cancel, struct gr_error *err);
 
+/* Memory of this process; addresses in a queue are relative to its start. */
+struct gr_pump_memory {
+	uint64_t base;
+	uint64_t bytes;
+	uint64_t huge_base; /* where huge chunks go: the same object, mapped with MADV_HUGEPAGE; or 0: nowhere */
+};
+
 /*
- * The same as gr_pump_run for memory of this process: every address in the queue is relative to `base`, for huge chunks to `huge_base`,
- * where the same object is mapped with MADV_HUGEPAGE (0: nowhere). Threads are joined.
+ * The same as gr_pump_run for memory of this process, by nr_threads threads, which are joined. Pages of shared memory are
+ * put in place as a whole where the kernel does that.
  */
-int gr_pump_fill(struct gr_pump_queue *queue, uint64_t base, uint64_t huge_base, const struct gr_pump_source *source,
+int gr_pump_fill(struct gr_pump_queue *queue, const struct gr_pump_memory *memory, const struct gr_pump_source *source,
 		 uint32_t nr_threads, int *cancel, struct gr_error *err);
 
 /*

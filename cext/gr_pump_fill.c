@@ -2,6 +2,7 @@
 #include <sys/syscall.h>
 
 #include "gr_internal.h"
+#include "gr_placing.h"
 #include "gr_pump_internal.h"
 #include "gr_workers.h"
 
@@ -34,37 +35,31 @@ int gr_pump_is_cold(const struct gr_pump_source *source, const struct gr_chunk *
 
 struct fill_job {
 	struct gr_pump_queue *queue;
-	uint64_t base, huge_base;
+	const struct gr_pump_memory *memory;
 	const struct gr_pump_source *source;
+	const struct gr_placing *placing; /* or NULL: everything is read to where it belongs */
 	int *cancel;
 	int stop;
 };
 
-static void set_vectors(const struct fill_job *job, const struct gr_chunk *chunk, struct iovec *vectors)
+static int is_huge(const struct fill_job *job, const struct gr_chunk *chunk)
 {
-	const struct iovec *from = &job->queue->iovecs[chunk->first];
-	uint64_t base = chunk->huge_bytes && job->huge_base ? job->huge_base : job->base;
-
-	for (uint32_t i = 0; i < chunk->nr; i++)
-		vectors[i] = (struct iovec){ (char *)from[i].iov_base + base, from[i].iov_len };
+	return chunk->huge_bytes && job->memory->huge_base;
 }
 
-/* Read a whole chunk into `vectors`, which are used up on the way. */
-static int read_chunk(const struct gr_chunk *chunk, struct iovec *vectors, int fd, struct gr_error *err)
+/* Read `bytes` at `offset` into `vectors`, which are used up on the way. */
+static int read_vectors(int fd, uint64_t offset, uint64_t bytes, struct iovec *vectors, uint32_t nr, struct gr_error *err)
 {
-	uint64_t offset = chunk->file_offset, left = chunk->bytes;
-	uint32_t nr = chunk->nr;
-
-	while (left) {
+	while (bytes) {
 		ssize_t n = preadv(fd, vectors, (int)nr, (off_t)offset);
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0)
 			return gr_fail(err, n < 0 ? errno : EIO, "reading %lu bytes at offset %lu of the pages file",
-				       left, offset);
+				       bytes, offset);
 		offset += (uint64_t)n;
-		left -= (uint64_t)n;
+		bytes -= (uint64_t)n;
 		for (; nr && (size_t)n >= vectors->iov_len; vectors++, nr--)
 			n -= (ssize_t)vectors->iov_len;
 		if (nr) {
@@ -75,22 +70,60 @@ static int read_chunk(const struct gr_chunk *chunk, struct iovec *vectors, int f
 	return 0;
 }
 
-/* What cannot be read past the page cache after all is read through it. */
+/* Read a chunk to where its pages belong. */
+static int read_chunk(const struct fill_job *job, const struct gr_chunk *chunk, int fd, struct gr_error *err)
+{
+	const struct iovec *from = &job->queue->iovecs[chunk->first];
+	uint64_t base = is_huge(job, chunk) ? job->memory->huge_base : job->memory->base;
+	struct iovec vectors[GR_MAX_IOVECS];
+
+	for (uint32_t i = 0; i < chunk->nr; i++)
+		vectors[i] = (struct iovec){ (char *)from[i].iov_base + base, from[i].iov_len };
+	return read_vectors(fd, chunk->file_offset, chunk->bytes, vectors, chunk->nr, err);
+}
+
+/* Whether a chunk's pages can be put in place from the page cache, which most of them should be in. */
+static int is_for_placing(const struct fill_job *job, const struct gr_chunk *chunk)
+{
+	return job->placing && !is_huge(job, chunk) &&
+	       gr_cached_bytes(job->source->fd, chunk->file_offset, chunk->bytes) >= chunk->bytes / 2;
+}
+
+static int place_chunk(const struct fill_job *job, const struct gr_chunk *chunk)
+{
+	const struct iovec *vectors = &job->queue->iovecs[chunk->first];
+	uint64_t offset = chunk->file_offset;
+	int ret = gr_placing_begin(job->placing, offset, chunk->bytes);
+
+	for (uint32_t i = 0; ret == 0 && i < chunk->nr; i++) {
+		ret = gr_placing_put(job->placing, (uint64_t)vectors[i].iov_base, offset, vectors[i].iov_len);
+		offset += vectors[i].iov_len;
+	}
+	const struct iovec *last = &vectors[chunk->nr - 1];
+
+	gr_placing_end(job->placing, (uint64_t)vectors->iov_base, (uint64_t)last->iov_base + last->iov_len,
+		       chunk->file_offset, chunk->bytes);
+	return ret;
+}
+
+/* What cannot be put in place is read there, and what cannot be read past the page cache after all through it. */
 static int fill_chunk(const struct fill_job *job, const struct gr_chunk *chunk, struct gr_error *err)
 {
-	struct iovec vectors[GR_MAX_IOVECS];
 	int direct = gr_pump_is_cold(job->source, chunk), ret = -1;
 
-	set_vectors(job, chunk, vectors);
+	if (!direct && is_for_placing(job, chunk) && place_chunk(job, chunk) == 0) {
+		gr_pump_done(job->queue, chunk, 0, 0);
+		__atomic_fetch_add(&job->queue->placed_bytes, chunk->bytes, __ATOMIC_RELAXED);
+		return 0;
+	}
 	if (direct)
-		ret = read_chunk(chunk, vectors, job->source->direct_fd, err);
+		ret = read_chunk(job, chunk, job->source->direct_fd, err);
 	if (ret < 0) {
 		direct = 0;
-		set_vectors(job, chunk, vectors);
-		ret = read_chunk(chunk, vectors, job->source->fd, err);
+		ret = read_chunk(job, chunk, job->source->fd, err);
 	}
 	if (ret == 0)
-		gr_pump_done(job->queue, chunk, chunk->huge_bytes && job->huge_base, direct);
+		gr_pump_done(job->queue, chunk, is_huge(job, chunk), direct);
 	return ret;
 }
 
@@ -110,12 +143,19 @@ static int fill_chunks(void *opaque, struct gr_error *err)
 	return ret;
 }
 
-int gr_pump_fill(struct gr_pump_queue *queue, uint64_t base, uint64_t huge_base, const struct gr_pump_source *source,
+int gr_pump_fill(struct gr_pump_queue *queue, const struct gr_pump_memory *memory, const struct gr_pump_source *source,
 		 uint32_t nr_threads, int *cancel, struct gr_error *err)
 {
-	struct fill_job job = { .queue = queue, .base = base, .huge_base = huge_base, .source = source, .cancel = cancel };
+	struct fill_job job = { .queue = queue, .memory = memory, .source = source, .cancel = cancel };
+	struct gr_placing placing;
+	int ret;
 
+	if (gr_placing_create(memory->base, memory->bytes, source->fd, &placing) == 0)
+		job.placing = &placing;
 	if (nr_threads > queue->nr_chunks)
 		nr_threads = (uint32_t)queue->nr_chunks;
-	return gr_workers_run(nr_threads, fill_chunks, &job, &job.stop, err);
+	ret = gr_workers_run(nr_threads, fill_chunks, &job, &job.stop, err);
+	if (job.placing)
+		gr_placing_destroy(&placing);
+	return ret;
 }

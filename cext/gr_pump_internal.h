@@ -26,7 +26,7 @@ struct gr_pump_queue {
 	uint64_t nr_chunks, max_chunks;
 	uint64_t chunk_bytes, total_bytes, huge_bytes;
 	uint64_t next; /* atomic, as are those below: the next chunk that nobody took */
-	uint64_t done_bytes, moved_bytes, direct_bytes;
+	uint64_t done_bytes, moved_bytes, direct_bytes, placed_bytes;
 };
 
 static inline const struct gr_chunk *gr_pump_take(struct gr_pump_queue *queue)

@@ -348,5 +348,6 @@ void gr_pump_queue_counts(const struct gr_pump_queue *queue, struct gr_pump_coun
 		.done_bytes = __atomic_load_n(&queue->done_bytes, __ATOMIC_RELAXED),
 		.moved_bytes = __atomic_load_n(&queue->moved_bytes, __ATOMIC_RELAXED),
 		.direct_bytes = __atomic_load_n(&queue->direct_bytes, __ATOMIC_RELAXED),
+		.placed_bytes = __atomic_load_n(&queue->placed_bytes, __ATOMIC_RELAXED),
 	};
 }

@@ -11,20 +11,24 @@
  *
  *   --threads N  --chunk BYTES  --bytes BYTES  --direct  --sync  --mapped (write through a mapping of the file)
  *   --memory small|huge|shared|shared-huge     what is read into: pages of 4 KiB or huge ones, private or shared
- *   --populate none|ahead                      let the copy fault pages in, or madvise(POPULATE_WRITE) each chunk first
+ *   --populate none|ahead|placed               let the copy fault pages in, or madvise(POPULATE_WRITE) each chunk first,
+ *                                              or UFFDIO_COPY it from a mapping of the file
  *
  * One line of JSON: {"seconds": ..., "bytes": ...}. Exit status 1 and a line on stderr where something fails.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -58,7 +62,7 @@ struct queue {
 	const struct options *options;
 	struct file *files;
 	atomic_size_t next;
-	int nr_files;
+	int nr_files, uffd;
 	void (*work)(const struct queue *, const struct file *, size_t offset, size_t bytes);
 };
 
@@ -135,17 +139,54 @@ static void populate(void *memory, size_t bytes)
 		DIE("populating %zu bytes", bytes);
 }
 
-static void copy_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
+static void read_all(const struct file *file, char *to, size_t offset, size_t bytes)
 {
-	if (is(queue->options->populate, "ahead"))
-		populate(file->at + offset, bytes);
 	for (size_t done = 0; done < bytes;) {
-		ssize_t got = pread(file->fd, file->at + offset + done, bytes - done, offset + done);
+		ssize_t got = pread(file->fd, to + done, bytes - done, offset + done);
 
 		if (got <= 0)
 			DIE("reading %s", file->name);
 		done += got;
 	}
+}
+
+static void copy_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
+{
+	if (is(queue->options->populate, "ahead"))
+		populate(file->at + offset, bytes);
+	read_all(file, file->at + offset, offset, bytes);
+}
+
+static void place_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
+{
+	struct uffdio_copy copy = { .dst = (size_t)file->at + offset, .src = (size_t)file->mapping + offset,
+				    .len = round_up(bytes, 4096) };
+
+	if (madvise(file->mapping + offset, copy.len, MADV_POPULATE_READ))
+		DIE("mapping %s", file->name);
+	if (ioctl(queue->uffd, UFFDIO_COPY, &copy))
+		DIE("UFFDIO_COPY of %zu bytes", bytes);
+}
+
+/* A userfaultfd for `memory`, which nobody touched. */
+static int registered(char *memory, size_t bytes)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register range = { .range = { (size_t)memory, bytes }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	int uffd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ioctl(uffd, UFFDIO_REGISTER, &range))
+		DIE("userfaultfd for %zu bytes", bytes);
+	return uffd;
+}
+
+static char *mapped(const struct file *file, int protection)
+{
+	char *mapping = mmap(NULL, file->bytes, protection, MAP_SHARED, file->fd, 0);
+
+	if (mapping == MAP_FAILED)
+		DIE("mapping %s", file->name);
+	return mapping;
 }
 
 static void write_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
@@ -171,9 +212,7 @@ static void map_new_file(struct file *file)
 {
 	if (ftruncate(file->fd, file->bytes))
 		DIE("growing %s", file->name);
-	file->mapping = mmap(NULL, file->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
-	if (file->mapping == MAP_FAILED)
-		DIE("mapping %s", file->name);
+	file->mapping = mapped(file, PROT_READ | PROT_WRITE);
 }
 
 static void read_chunk(const struct queue *queue, const struct file *file, size_t offset, size_t bytes)
@@ -229,8 +268,14 @@ static void copy(const struct options *options, struct file *files, int nr)
 	for (int i = 0; i < nr; i++)
 		room += round_up(files[i].bytes, HUGE_BYTES);
 	memory = fresh(options, room);
+	if (is(options->populate, "placed")) {
+		queue.work = place_chunk;
+		queue.uffd = registered(memory, room);
+	}
 	for (int i = 0; i < nr; i++) {
 		files[i].at = memory;
+		if (queue.work == place_chunk)
+			files[i].mapping = mapped(&files[i], PROT_READ);
 		memory += round_up(files[i].bytes, HUGE_BYTES);
 	}
 	answer(run(&queue), total);

@@ -36,14 +36,19 @@ class Way:
 
     def __str__(self) -> str:
         kind = {"small": "4 KiB pages", "huge": "huge pages", "shared": "shared", "shared-huge": "shared huge pages"}
-        ahead = ", populated ahead" if self.populate == "ahead" else ""
-        return f"{kind[self.memory]}{ahead}, {self.chunk_bytes // 1024} KiB"
+        how = {"none": "", "ahead": ", populated ahead", "placed": ", placed as whole pages"}
+        return f"{kind[self.memory]}{how[self.populate]}, {self.chunk_bytes // 1024} KiB"
 
 
 # The best of these is the floor of a run: which one wins depends on the machine and changes from run to run.
 SMALL_WAYS = (Way("small", "ahead", MIB),)
 PRIVATE_WAYS = (*SMALL_WAYS, Way("huge", "none", 4 * MIB), Way("huge", "ahead", 4 * MIB))
-SHARED_WAYS = (Way("shared", "ahead", MIB), Way("shared-huge", "none", 4 * MIB), Way("shared-huge", "ahead", 4 * MIB))
+SHARED_WAYS = (
+    Way("shared", "ahead", MIB),
+    Way("shared", "placed", MIB),
+    Way("shared-huge", "none", 4 * MIB),
+    Way("shared-huge", "ahead", 4 * MIB),
+)
 
 
 class Floors:

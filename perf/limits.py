@@ -65,16 +65,21 @@ def some_file(folder: Path, nr_bytes: int) -> Path:
     return file
 
 
+HOW = {"none": "by the copy", "ahead": "ahead", "placed": "as whole pages"}  # pages are faulted in, or not
+
+
 def copies(kinds: Sequence[str], floors: Floors, folder: Path, nr_bytes: int) -> Iterator[Row]:
     """From the page cache into fresh memory."""
     file = some_file(folder, nr_bytes)
     threads = sorted({1, default_threads(), 2 * default_threads()})
-    for nr, memory, populate in product(threads, kinds, ("none", "ahead")):
+    for nr, memory, populate in product(threads, kinds, HOW):
+        if populate == "placed" and memory.endswith("huge"):
+            continue  # by the kernel's choice always small ones
 
         def seconds(chunk_bytes: int, nr: int = nr, memory: str = memory, populate: str = populate) -> float:
             return floors.copy([file], Way(memory, populate, chunk_bytes), nr)
 
-        yield [f"{nr} threads", memory, "ahead" if populate == "ahead" else "by the copy"], seconds
+        yield [f"{nr} threads", memory, HOW[populate]], seconds
 
 
 def writes(floors: Floors, folder: Path, nr_bytes: int) -> Iterator[Row]:

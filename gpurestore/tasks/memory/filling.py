@@ -134,10 +134,8 @@ class PagePlan:
         if self.counts.huge_bytes:
             check(lib.gr_stage_alias_create(base, size, alias, err), err)
         try:
-            check(
-                lib.gr_pump_fill(self.handle, base, alias.address, source.handle, nr_threads, flag, err),
-                err,
-            )
+            target = ffi.new("struct gr_pump_memory *", (base, size, alias.address))
+            check(lib.gr_pump_fill(self.handle, target, source.handle, nr_threads, flag, err), err)
         finally:
             lib.gr_stage_alias_destroy(alias)
 
