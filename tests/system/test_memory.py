@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+from support import without_userfaultfd
 from support.round_trip import dump, round_trip
 from support.tool import Tool
 from support.victims import Victim, Victims
@@ -27,6 +29,25 @@ def test_file_mappings_keep_copied_and_clean_pages(tool: Tool, victims: Victims)
 
 def test_shared_memory_stays_shared_between_tasks(tool: Tool, victims: Victims) -> None:
     round_trip(tool, victims.start("shared"))
+
+
+@pytest.mark.parametrize("how", ["placed", "cold", "read"])
+def test_shared_memory_of_several_tasks_is_whole_whichever_way_it_came(tool: Tool, victims: Victims, how: str) -> None:
+    """Put in place as whole pages; read past the page cache; read through it where userfaultfd is refused."""
+    victim = victims.start("sharers")
+    images, trace = victim.folder.parent / "images", victim.folder.parent / "trace"
+    dump(tool, victim, images)
+    if how == "cold":
+        drop_from_cache(images)
+    prefix = without_userfaultfd.PREFIX if how == "read" else ()
+    tool.start("restore", "-d", "-D", images, f"--trace={trace}", prefix=prefix, log=True).wait().expect(0)
+    events = json.loads(trace.read_text())["traceEvents"]
+    (args,) = (event["args"] for event in events if event["name"] == "shared memory")
+    in_place, direct = args["placed_bytes"], args["direct_bytes"]
+    assert args["bytes"] >= 3000 * 4096
+    assert (in_place, direct) == {"placed": (args["bytes"], 0), "cold": (0, args["bytes"]), "read": (0, 0)}[how]
+    victim.expect_running()
+    victim.finish()
 
 
 def test_copy_on_write_pages_are_right_in_parent_and_child(tool: Tool, victims: Victims) -> None:
@@ -82,16 +103,21 @@ def test_huge_pages_come_back_as_asked_and_mappings_as_they_were(
     victim.finish()
 
 
+def drop_from_cache(images: Path) -> None:
+    """Drop the pages images from the page cache; skips where they could not be read past it."""
+    for pages in images.glob("pages-*.img"):
+        with memory.open_source(os.open(pages, os.O_RDONLY), Reading.DIRECT) as source:
+            if source.direct_fd < 0:
+                pytest.skip(f"the file system of {images} has no O_DIRECT")
+            os.fsync(source.fd)
+            os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def test_images_that_are_not_cached_are_read_past_the_cache(tool: Tool, victims: Victims) -> None:
     victim = victims.start("idle", "64")
     images, trace = victim.folder.parent / "images", victim.folder.parent / "trace"
     dump(tool, victim, images)
-    (pages,) = images.glob("pages-*.img")
-    with memory.open_source(os.open(pages, os.O_RDONLY), Reading.DIRECT) as source:
-        if source.direct_fd < 0:
-            pytest.skip(f"the file system of {images} has no O_DIRECT")
-        os.fsync(source.fd)
-        os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_from_cache(images)
     tool.restore(images, "-d", f"--trace={trace}").expect(0)
     (span,) = (event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "memory")
     assert span["args"]["direct_bytes"] >= 64 << 20
