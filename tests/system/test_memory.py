@@ -34,7 +34,7 @@ def test_shared_memory_stays_shared_between_tasks(tool: Tool, victims: Victims) 
 @pytest.mark.parametrize("how", ["placed", "cold", "read"])
 def test_shared_memory_of_several_tasks_is_whole_whichever_way_it_came(tool: Tool, victims: Victims, how: str) -> None:
     """Put in place as whole pages; read past the page cache; read through it where userfaultfd is refused."""
-    victim = victims.start("sharers")
+    victim = victims.start("onlookers")
     images, trace = victim.folder.parent / "images", victim.folder.parent / "trace"
     dump(tool, victim, images)
     if how == "cold":

@@ -1,83 +1,79 @@
 /*
- * Shared memory that four tasks show: anonymous, with a dense part, single pages and holes, and a memfd that nobody may
- * write to any more. Each task verifies all of it; that there is nothing where the holes are is asked first.
+ * Memory that fork left shared, one half in huge pages where the machine has them. Every worker wrote one page in 16 of
+ * the other half. Arguments: MiB of memory, workers, and "apart" if each of these shall be a tree of its own: the leader
+ * of a session. The file "workers" has their pids then.
  */
 #include "victim.h"
 
 #define PAGE 4096ul
-#define NR_PAGES 5000ul
-#define DENSE 3000ul
+#define BLOCK (2ul << 20)
+#define STRIDE 16ul
 
-static char *anonymous, *sealed;
+static char *memory;
+static size_t size;
+static int apart;
 
-/* What the page of an object holds; 0: it is a hole. */
-static int seed_of(size_t page)
+static int is_own(size_t page, int worker)
 {
-	if (page < DENSE)
-		return 1 + page % 200;
-	return page % 3 ? 0 : 7;
+	return page * PAGE >= size / 2 && page % STRIDE == (size_t)worker % STRIDE;
 }
 
-static void fill(char *memory)
+static uint64_t seed_of(size_t page, int worker)
 {
-	for (size_t i = 0; i < NR_PAGES; i++)
-		if (seed_of(i))
-			victim_fill(memory + i * PAGE, PAGE, seed_of(i));
+	return is_own(page, worker) ? (uint64_t)(worker + 1) << 32 | page : page + 1;
 }
 
-static void check(const char *name, char *memory)
+static void check(int worker)
 {
-	static unsigned char there[NR_PAGES];
-
-	MUST(!mincore(memory, NR_PAGES * PAGE, there));
-	for (size_t i = 0; i < NR_PAGES; i++) {
-		CHECK((there[i] & 1) == !!seed_of(i), "%s: page %zu is%s there", name, i, there[i] & 1 ? "" : " not");
-		if (seed_of(i))
-			CHECK(victim_filled(memory + i * PAGE, PAGE, seed_of(i)), "%s: page %zu changed", name, i);
-	}
+	for (size_t page = 0; page < size / PAGE; page++)
+		CHECK(victim_filled(memory + page * PAGE, PAGE, seed_of(page, worker)), "task %d: page %zu changed", worker,
+		      page);
 }
 
-static int child_main(void *unused)
+static int worker_main(void *number)
 {
-	(void)unused;
+	int worker = (int)(intptr_t)number;
+
+	if (apart)
+		MUST(setsid() == getpid());
+	for (size_t page = 0; page < size / PAGE; page++)
+		if (is_own(page, worker))
+			victim_fill(memory + page * PAGE, PAGE, seed_of(page, worker));
 	victim_ready();
 	victim_wait_quietly();
-	check("child: anonymous", anonymous);
-	check("child: memfd", sealed);
+	check(worker);
 	return 0;
-}
-
-static char *map(int fd, int protection)
-{
-	char *memory = mmap(NULL, NR_PAGES * PAGE, protection, MAP_SHARED | (fd < 0 ? MAP_ANONYMOUS : 0), fd, 0);
-
-	MUST(memory != MAP_FAILED);
-	return memory;
 }
 
 int main(int argc, char **argv)
 {
-	pid_t children[3];
-	int fd;
+	pid_t children[16];
+	char pids[256] = "";
+	int nr;
 
 	victim_init(argc, argv);
-	anonymous = map(-1, PROT_READ | PROT_WRITE);
-	fill(anonymous);
-	fd = memfd_create("sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	MUST(fd >= 0 && !ftruncate(fd, NR_PAGES * PAGE));
-	sealed = map(fd, PROT_READ | PROT_WRITE);
-	fill(sealed);
-	MUST(!munmap(sealed, NR_PAGES * PAGE));
-	MUST(!fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK));
-	sealed = map(fd, PROT_READ);
-	for (int i = 0; i < 3; i++)
-		children[i] = victim_child(child_main, NULL);
+	MUST(argc > 3);
+	size = strtoul(argv[2], NULL, 10) << 20;
+	nr = atoi(argv[3]);
+	apart = argc > 4 && !strcmp(argv[4], "apart");
+	MUST(nr > 0 && nr <= 16 && size && size % (2 * BLOCK) == 0);
+	memory = mmap(NULL, size + BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	MUST(memory != MAP_FAILED);
+	memory = (char *)(((uintptr_t)memory + BLOCK - 1) & -BLOCK);
+	/* Fails where the kernel has no huge pages, and the memory is as good a victim without. */
+	madvise(memory, size / 2, MADV_HUGEPAGE);
+	for (size_t page = 0; page < size / PAGE; page++)
+		victim_fill(memory + page * PAGE, PAGE, page + 1);
+	for (intptr_t i = 0; i < nr; i++) {
+		children[i] = victim_child(worker_main, (void *)i);
+		snprintf(pids + strlen(pids), sizeof(pids) - strlen(pids), "%d\n", children[i]);
+	}
+	victim_put("workers", pids, strlen(pids));
 	victim_ready();
 	victim_wait();
-	check("anonymous", anonymous);
-	check("memfd", sealed);
-	CHECK_EQUAL(fcntl(fd, F_GET_SEALS), F_SEAL_WRITE | F_SEAL_SHRINK, "the memfd's seals");
-	for (int i = 0; i < 3; i++)
+	for (size_t page = 0; page < size / PAGE; page++)
+		CHECK(victim_filled(memory + page * PAGE, PAGE, page + 1), "page %zu changed for the parent", page);
+	for (int i = 0; i < nr; i++)
 		victim_expect_exit(children[i], 0);
 	return victim_done();
 }
