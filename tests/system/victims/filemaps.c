@@ -41,13 +41,12 @@ static void check_pages(const char *what, const char *memory, size_t from, size_
 		CHECK(victim_filled(memory + i * PAGE, PAGE, seed + i), "%s: page %zu changed", what, i);
 }
 
-int main(int argc, char **argv)
+static char *clean, *copied, *shared, *offset, *gone, *beyond, *read_only, *zero;
+
+static void prepare(void)
 {
-	char *clean, *copied, *shared, *offset, *gone, *beyond, *read_only, *zero, page[PAGE];
-	struct sigaction action = { .sa_handler = on_bus };
 	int fd, shared_fd, gone_fd;
 
-	victim_init(argc, argv);
 	fd = make_file("private.data", 32, 100);
 	clean = map(fd, 32, PROT_READ | PROT_WRITE, MAP_PRIVATE, 0);
 	copied = map(fd, 32, PROT_READ | PROT_WRITE, MAP_PRIVATE, 0);
@@ -75,8 +74,13 @@ int main(int argc, char **argv)
 	zero = map(fd, 4, PROT_READ | PROT_WRITE, MAP_PRIVATE, 0);
 	close(fd);
 	victim_fill(zero + PAGE, PAGE, 9001);
-	victim_ready();
-	victim_wait();
+}
+
+static void check(void)
+{
+	struct sigaction action = { .sa_handler = on_bus };
+	char page[PAGE];
+	int fd;
 
 	check_pages("clean", clean, 0, 32, 100);
 	for (size_t i = 0; i < 32; i++)
@@ -100,5 +104,14 @@ int main(int argc, char **argv)
 		CHECK(0, "no SIGBUS past the end of the file");
 	}
 	CHECK(victim_zero(zero, PAGE) && victim_filled(zero + PAGE, PAGE, 9001), "/dev/zero mapping changed");
+}
+
+int main(int argc, char **argv)
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check();
 	return victim_done();
 }

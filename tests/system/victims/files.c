@@ -73,14 +73,11 @@ static int count_descriptors(void)
 	return count;
 }
 
-int main(int argc, char **argv)
-{
-	int plain, same, other, append, gone, gone_dir, directory, null, zero, random_fd, event, semaphore, path_only, before;
-	char text[64] = "";
-	uint64_t value = 0;
-	ssize_t got;
+static int plain, same, other, append, gone, directory, null, zero, random_fd, event, semaphore, path_only;
+static int nr_before;
 
-	victim_init(argc, argv);
+static void prepare(void)
+{
 	plain = make("plain.txt", "0123456789", O_RDWR, 0644);
 	MUST(lseek(plain, 4, SEEK_SET) == 4);
 	same = dup3(plain, 900, O_CLOEXEC);
@@ -90,14 +87,12 @@ int main(int argc, char **argv)
 	MUST(lseek(gone, 3, SEEK_SET) == 3 && !unlink(victim_path("gone.txt")));
 	MUST(!mkdir(victim_path("some"), 0750));
 	directory = open(victim_path("some"), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	gone_dir = -1;
 	null = dup2(open("/dev/null", O_RDWR), 300);
 	zero = open("/dev/zero", O_RDONLY);
 	random_fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
 	event = eventfd(77, EFD_CLOEXEC | EFD_NONBLOCK);
 	semaphore = eventfd(3, EFD_SEMAPHORE | EFD_NONBLOCK);
 	path_only = open(victim_path("plain.txt"), O_PATH | O_CLOEXEC);
-	(void)gone_dir;
 	keep("plain", plain);
 	keep("dup of plain", same);
 	keep("second open of plain", other);
@@ -108,11 +103,16 @@ int main(int argc, char **argv)
 	keep("/dev/zero", zero);
 	keep("/dev/urandom", random_fd);
 	keep("O_PATH", path_only);
-	before = count_descriptors();
-	victim_ready();
-	victim_wait();
+	nr_before = count_descriptors();
+}
 
-	CHECK_EQUAL(count_descriptors(), before, "number of open descriptors");
+static void check(void)
+{
+	char text[64] = "";
+	uint64_t value = 0;
+	ssize_t got;
+
+	CHECK_EQUAL(count_descriptors(), nr_before, "number of open descriptors");
 	for (int i = 0; i < nr_kept; i++)
 		compare(&kept[i]);
 	check_text("plain", plain, 0, "0123456789");
@@ -137,5 +137,14 @@ int main(int argc, char **argv)
 	CHECK(got == 16, "/dev/urandom gives %zd bytes", got);
 	CHECK(!unlinkat(directory, "nothing", 0) || errno == ENOENT, "directory descriptor: %s", strerror(errno));
 	CHECK(read(path_only, text, 1) == -1 && errno == EBADF, "O_PATH descriptor can be read");
+}
+
+int main(int argc, char **argv)
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check();
 	return victim_done();
 }

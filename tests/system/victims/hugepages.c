@@ -46,13 +46,12 @@ static void make(FILE *list, int number, const char *name, size_t offset)
 	fprintf(list, "%s %lx\n", name, (unsigned long)place);
 }
 
-int main(int argc, char **argv)
+static char before[8192], after[8192];
+
+static void prepare(void)
 {
-	static char before[8192], after[8192];
-	char *moved;
 	FILE *list;
 
-	victim_init(argc, argv);
 	areas = mmap(NULL, 18 * AREA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	MUST(areas != MAP_FAILED && !munmap(areas, 18 * AREA));
 	areas = (char *)(((unsigned long)areas + AREA - 1) & ~(AREA - 1));
@@ -85,8 +84,12 @@ int main(int argc, char **argv)
 	MUST(!mprotect(area(7), AREA, PROT_READ));
 	MUST(!fclose(list));
 	layout_of(before, sizeof(before));
-	victim_ready();
-	victim_wait();
+}
+
+static void check(void)
+{
+	char *moved;
+
 	layout_of(after, sizeof(after));
 	CHECK(!strcmp(before, after), "mappings were\n%sand are\n%s", before, after);
 	CHECK(victim_filled(area(0), AREA, 1) && victim_filled(area(1) + 5 * PAGE, AREA, 2), "dense areas changed");
@@ -105,5 +108,14 @@ int main(int argc, char **argv)
 	/* A mapping that had been split could not grow. */
 	moved = mremap(area(3), AREA, 2 * AREA, MREMAP_MAYMOVE);
 	CHECK(moved != MAP_FAILED, "growing a mapping: %s", strerror(errno));
+}
+
+int main(int argc, char **argv)
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check();
 	return victim_done();
 }

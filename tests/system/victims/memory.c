@@ -90,16 +90,12 @@ static void *stack_mapping_grows(char *where)
 	return memory;
 }
 
-int main(int argc, char **argv)
-{
-	struct area areas[8];
-	char *filled, *sparse, *hidden, *readable, *code, *reserved, *huge, *guarded, *grows, *hole;
-	char flags[128], before_stack[PAGE];
-	size_t nr_areas = 0;
-	int (*function)(void);
+static struct area areas[8];
+static char *filled, *sparse, *hidden, *readable, *code, *reserved, *huge, *guarded, *grows, *hole;
+static size_t nr_areas;
 
-	victim_init(argc, argv);
-	victim_fill(before_stack, sizeof(before_stack), 5);
+static void prepare(void)
+{
 	filled = map(16 << 20, PROT_READ | PROT_WRITE, 0);
 	victim_fill(filled, 16 << 20, 11);
 	sparse = map(64 << 20, PROT_READ | PROT_WRITE, 0);
@@ -133,16 +129,23 @@ int main(int argc, char **argv)
 	MUST(!munmap(grows, 32 << 20));
 	grows = stack_mapping_grows(grows + (16 << 20));
 	victim_fill(grows, 4 * PAGE, 18);
+}
+
+static void note_flags(void)
+{
 	char *const looked_at[] = { guarded, guarded + 16 * PAGE, guarded + 32 * PAGE, guarded + 48 * PAGE, guarded + 56 * PAGE,
 				    guarded + 60 * PAGE, huge, grows };
 	for (size_t i = 0; i < sizeof(looked_at) / sizeof(*looked_at); i++, nr_areas++) {
 		areas[i].start = looked_at[i];
 		flags_of(looked_at[i], areas[i].flags, sizeof(areas[i].flags));
 	}
-	victim_ready();
-	victim_wait();
+}
 
-	CHECK(victim_filled(before_stack, sizeof(before_stack), 5), "stack changed");
+static void check(void)
+{
+	char flags[128];
+	int (*function)(void);
+
 	CHECK(victim_filled(filled, 16 << 20, 11), "filled mapping changed");
 	for (size_t i = 0; i < (64 << 20) / PAGE; i++)
 		CHECK(i % 37 ? victim_zero(sparse + i * PAGE, PAGE) : victim_filled(sparse + i * PAGE, PAGE, 1000 + i),
@@ -171,5 +174,19 @@ int main(int argc, char **argv)
 	}
 	*(volatile char *)(grows - 16) = 1; /* one page further down: the mapping grows */
 	CHECK_EQUAL(dig(500), 500, "depth of the stack");
+}
+
+int main(int argc, char **argv)
+{
+	char before_stack[PAGE];
+
+	victim_init(argc, argv);
+	victim_fill(before_stack, sizeof(before_stack), 5);
+	prepare();
+	note_flags();
+	victim_ready();
+	victim_wait();
+	CHECK(victim_filled(before_stack, sizeof(before_stack), 5), "stack changed");
+	check();
 	return victim_done();
 }

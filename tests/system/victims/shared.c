@@ -58,14 +58,12 @@ static int child_main(void *unused)
 	return 0;
 }
 
-int main(int argc, char **argv)
-{
-	static char page[PAGE];
-	pid_t child;
-	int fd, seals;
-	struct stat status;
+static pid_t child;
 
-	victim_init(argc, argv);
+static void prepare(void)
+{
+	int fd;
+
 	anonymous = map_shared(-1, 16, 0);
 	for (size_t i = 0; i < 16; i += 3)
 		victim_fill((void *)(anonymous + i * PAGE), PAGE, 20 + i);
@@ -89,8 +87,13 @@ int main(int argc, char **argv)
 	victim_fill((void *)(unlinked + PAGE), PAGE, 61);
 	close(fd);
 	child = victim_child(child_main, NULL);
-	victim_ready();
-	victim_wait();
+}
+
+static void check(void)
+{
+	static char page[PAGE];
+	struct stat status;
+	int seals;
 
 	for (size_t i = 0; i < 16; i++)
 		if (i != 8)
@@ -117,5 +120,14 @@ int main(int argc, char **argv)
 	CHECK(readlink(page, page + 100, 200) > 0 && !strncmp(page + 100, "/memfd:a name with spaces", 25),
 	      "the memfd is called '%s'", page + 100);
 	CHECK(!unlink(shm_name), "the /dev/shm file is gone");
+}
+
+int main(int argc, char **argv)
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check();
 	return victim_done();
 }

@@ -24,6 +24,10 @@ struct kernel_action {
 	uint64_t mask;
 };
 
+static struct kernel_action before[65], after[65];
+static sigset_t blocked;
+static int real_time;
+
 static void read_actions(struct kernel_action *actions)
 {
 	memset(actions, 0, 65 * sizeof(*actions));
@@ -31,17 +35,11 @@ static void read_actions(struct kernel_action *actions)
 		MUST(!syscall(SYS_rt_sigaction, number, NULL, &actions[number], 8));
 }
 
-int main(int argc, char **argv)
+static void prepare(void)
 {
 	struct sigaction action = { .sa_handler = on_plain };
-	struct kernel_action before[65], after[65];
-	struct timespec none = { 0, 0 };
-	sigset_t blocked, now;
-	siginfo_t info;
 	union sigval value;
-	int real_time;
 
-	victim_init(argc, argv);
 	real_time = SIGRTMIN + 3;
 	action.sa_flags = SA_RESTART | SA_NODEFER;
 	sigfillset(&action.sa_mask);
@@ -70,8 +68,13 @@ int main(int argc, char **argv)
 	value.sival_int = 4711;
 	MUST(!sigqueue(getpid(), SIGUSR2, value));
 	read_actions(before);
-	victim_ready();
-	victim_wait();
+}
+
+static void check(void)
+{
+	struct timespec none = { 0, 0 };
+	sigset_t now;
+	siginfo_t info;
 
 	read_actions(after);
 	for (int number = 1; number <= 64; number++)
@@ -99,5 +102,14 @@ int main(int argc, char **argv)
 	MUST(!kill(getpid(), SIGHUP));
 	CHECK(caught == SIGHUP, "handler for SIGHUP did not run");
 	MUST(!kill(getpid(), SIGPIPE));
+}
+
+int main(int argc, char **argv)
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check();
 	return victim_done();
 }

@@ -42,23 +42,26 @@ static double micro_seconds(struct timeval time)
 	return time.tv_sec + time.tv_usec / 1e6;
 }
 
-int main(int argc, char **argv)
-{
-	static const int ids_wanted[NR_POSIX] = { 1, 2, 4, 5, 6, 7 }; /* 0 and 3 are deleted again */
-	static const int notify[NR_POSIX] = { SIGEV_SIGNAL, SIGEV_NONE, SIGEV_SIGNAL | SIGEV_THREAD_ID, SIGEV_SIGNAL,
-					      SIGEV_SIGNAL, SIGEV_NONE };
-	static const clockid_t clocks[NR_POSIX] = { CLOCK_MONOTONIC, CLOCK_REALTIME, CLOCK_MONOTONIC, CLOCK_BOOTTIME,
-						    CLOCK_PROCESS_CPUTIME_ID, CLOCK_MONOTONIC };
-	static const struct itimerspec specs[NR_POSIX] = {
-		{ { 0, 0 }, { 500, 0 } }, { { 7, 500000000 }, { 600, 0 } }, { { 300, 0 }, { 300, 0 } },
-		{ { 0, 0 }, { 0, 0 } }, { { 0, 0 }, { 400, 0 } }, { { 11, 0 }, { 222, 0 } },
-	};
-	struct itimerval intervals[3] = { { { 0, 0 }, { 800, 0 } }, { { 50, 250000 }, { 700, 0 } }, { { 0, 0 }, { 650, 0 } } };
-	struct sigaction action = { .sa_handler = on_alarm };
-	int ids[NR_POSIX + 2], kept[NR_POSIX], extra, nr_kept = 0;
-	double armed, passed;
+static const int ids_wanted[NR_POSIX] = { 1, 2, 4, 5, 6, 7 }; /* 0 and 3 are deleted again */
+static const int notify[NR_POSIX] = { SIGEV_SIGNAL, SIGEV_NONE, SIGEV_SIGNAL | SIGEV_THREAD_ID, SIGEV_SIGNAL,
+				      SIGEV_SIGNAL, SIGEV_NONE };
+static const clockid_t clocks[NR_POSIX] = { CLOCK_MONOTONIC, CLOCK_REALTIME, CLOCK_MONOTONIC, CLOCK_BOOTTIME,
+					    CLOCK_PROCESS_CPUTIME_ID, CLOCK_MONOTONIC };
+static const struct itimerspec specs[NR_POSIX] = {
+	{ { 0, 0 }, { 500, 0 } }, { { 7, 500000000 }, { 600, 0 } }, { { 300, 0 }, { 300, 0 } },
+	{ { 0, 0 }, { 0, 0 } }, { { 0, 0 }, { 400, 0 } }, { { 11, 0 }, { 222, 0 } },
+};
+static const struct itimerval intervals[3] = {
+	{ { 0, 0 }, { 800, 0 } }, { { 50, 250000 }, { 700, 0 } }, { { 0, 0 }, { 650, 0 } },
+};
+static int kept[NR_POSIX];
+static double armed;
 
-	victim_init(argc, argv);
+static void prepare(void)
+{
+	struct sigaction action = { .sa_handler = on_alarm };
+	int ids[NR_POSIX + 2], nr_kept = 0;
+
 	MUST(!sigaction(SIGALRM, &action, NULL));
 	action.sa_flags = SA_SIGINFO;
 	action.sa_sigaction = on_timer;
@@ -76,10 +79,12 @@ int main(int argc, char **argv)
 	for (int i = 0; i < 3; i++)
 		MUST(!setitimer(i, &intervals[i], NULL));
 	armed = victim_now(CLOCK_MONOTONIC);
-	victim_ready();
-	victim_wait();
+}
 
-	passed = victim_now(CLOCK_MONOTONIC) - armed + 0.1;
+static void check_times(void)
+{
+	double passed = victim_now(CLOCK_MONOTONIC) - armed + 0.1;
+
 	for (int i = 0; i < 3; i++) {
 		struct itimerval now;
 
@@ -101,6 +106,12 @@ int main(int argc, char **argv)
 		      seconds(now.it_value) >= seconds(specs[i].it_value) - passed, "timer %d has %f s left of %f after %f",
 		      kept[i], seconds(now.it_value), seconds(specs[i].it_value), passed);
 	}
+}
+
+static void check_notifications(void)
+{
+	int extra;
+
 	/* Each kept timer still notifies with its own value, and an id is not handed out twice. */
 	for (int i = 0; i < NR_POSIX; i++) {
 		struct itimerspec soon = { { 0, 0 }, { 0, 1000000 } };
@@ -121,5 +132,15 @@ int main(int argc, char **argv)
 	for (int waited = 0; waited < 3000 && !alarms; waited++)
 		victim_nap(1);
 	CHECK_EQUAL(alarms, 1, "alarms");
+}
+
+int main(int argc, char **argv)
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check_times();
+	check_notifications();
 	return victim_done();
 }
