@@ -18,6 +18,7 @@ _HEADER = struct.Struct("=IIiI")  # nr_calls, next, status, reserved
 _CALL = struct.Struct("=Q6QIIqq")  # nr, args, refs, expect, want, result
 HEADER_BYTES = _HEADER.size
 CALL_BYTES = _CALL.size
+_CALL_WORDS = CALL_BYTES // 8
 _ALIGN = 16
 _U64 = (1 << 64) - 1
 
@@ -52,6 +53,7 @@ class Ref:
 
 Buffer = Data | Out | InOut
 Arg = int | Buffer | Ref
+_PLAIN = (int, Ref)  # what needs no room behind the calls
 
 
 class Call(NamedTuple):
@@ -99,26 +101,18 @@ def _show(arg: Arg) -> str:
 
 
 class _Layout:
-    """Assigns an address to every buffer of a batch, in one deterministic walk used by encode and decode."""
+    """Gives every buffer of a batch its place behind the calls, in one deterministic walk used by encode and decode."""
 
-    def __init__(self, calls: Sequence[Call], base: int) -> None:
-        self.base = base
-        self.blob = bytearray(HEADER_BYTES + CALL_BYTES * len(calls))
-        self._pad()
-
-    def _pad(self) -> None:
-        self.blob.extend(bytes(-len(self.blob) % _ALIGN))
+    def __init__(self, nr_calls: int) -> None:
+        self.end = HEADER_BYTES + CALL_BYTES * nr_calls
+        self.end += -self.end % _ALIGN
 
     def place(self, buffer: Buffer) -> int:
-        """Append ``buffer`` (and what it points to) and return its absolute address."""
-        offset = len(self.blob)
-        payload = bytes(buffer.size) if isinstance(buffer, Out) else buffer.payload
-        self.blob.extend(payload)
-        self._pad()
-        if isinstance(buffer, Data):
-            for where, target in buffer.pointers:
-                struct.pack_into("=Q", self.blob, offset + where, self.place(target))
-        return self.base + offset
+        """The offset of ``buffer``, behind which comes what it points to."""
+        offset = self.end
+        size = buffer.size if isinstance(buffer, Out) else len(buffer.payload)
+        self.end = offset + size + -size % _ALIGN
+        return offset
 
 
 def encode(calls: Sequence[Call], base: int, capacity_bytes: int) -> bytes:
@@ -126,48 +120,88 @@ def encode(calls: Sequence[Call], base: int, capacity_bytes: int) -> bytes:
 
     Raises ValueError when it does not fit into ``capacity_bytes`` or a Ref points forward.
     """
-    layout = _Layout(calls, base)
-    for index, call in enumerate(calls):
+    layout = _Layout(len(calls))
+    words: list[int] = []
+    payloads: list[tuple[int, bytes]] = []
+    for index, (nr, given, _, want, may_fail) in enumerate(calls):
         refs = 0
-        args = [0] * 6
-        for i, arg in enumerate(call.args):
-            if isinstance(arg, Ref):
+        args = [0, 0, 0, 0, 0, 0]
+        for i, arg in enumerate(given):
+            if isinstance(arg, int):
+                args[i] = arg & _U64
+            elif isinstance(arg, Ref):
                 if not 0 <= arg.index < index:
                     raise ValueError(f"call {index} refers to call {arg.index}, which is not before it")
                 refs |= 1 << i
                 args[i] = arg.index
-            elif isinstance(arg, int):
-                args[i] = arg & _U64
             else:
-                args[i] = layout.place(arg)
-        expect = EXPECT_ANY if call.may_fail else EXPECT_OK if call.want is None else EXPECT_EXACT
-        offset = HEADER_BYTES + CALL_BYTES * index
-        _CALL.pack_into(layout.blob, offset, int(call.nr), *args, refs, expect, call.want or 0, 0)
-    _HEADER.pack_into(layout.blob, 0, len(calls), 0, 0, 0)
-    if len(layout.blob) > capacity_bytes:
-        raise ValueError(f"batch of {len(layout.blob)} bytes does not fit into {capacity_bytes}")
-    return bytes(layout.blob)
+                args[i] = base + _lay_out(arg, base, layout, payloads)
+        if want is None:
+            words += (nr, *args, refs | (EXPECT_ANY if may_fail else EXPECT_OK) << 32, 0, 0)
+        else:
+            words += (nr, *args, refs | (EXPECT_ANY if may_fail else EXPECT_EXACT) << 32, want & _U64, 0)
+    if layout.end > capacity_bytes:
+        raise ValueError(f"batch of {layout.end} bytes does not fit into {capacity_bytes}")
+    blob = bytearray(layout.end)
+    _HEADER.pack_into(blob, 0, len(calls), 0, 0, 0)
+    struct.pack_into(f"={len(words)}Q", blob, HEADER_BYTES, *words)
+    for offset, payload in payloads:
+        blob[offset : offset + len(payload)] = payload
+    return bytes(blob)
 
 
-def decode(calls: Sequence[Call], raw: bytes) -> BatchState:
+def _lay_out(buffer: Buffer, base: int, layout: _Layout, payloads: list[tuple[int, bytes]]) -> int:
+    """Place a buffer and what it points to; its content, with pointers set, is added to ``payloads``."""
+    offset = layout.place(buffer)
+    if isinstance(buffer, Out):
+        return offset
+    if not isinstance(buffer, Data) or not buffer.pointers:
+        payloads.append((offset, buffer.payload))
+        return offset
+    content = bytearray(buffer.payload)
+    for where, target in buffer.pointers:
+        struct.pack_into("=Q", content, where, base + _lay_out(target, base, layout, payloads))
+    payloads.append((offset, bytes(content)))
+    return offset
+
+
+def is_whole(raw: bytes | memoryview) -> bool:
+    """Whether a batch ran to its end, every call with a result that was expected; ``raw`` is as for :func:`decode`."""
+    return not _HEADER.unpack_from(raw, 0)[2]
+
+
+def decode(calls: Sequence[Call], raw: bytes | memoryview) -> BatchState:
     """Results of a batch that ran; ``raw`` is its memory after the run, laid out by :func:`encode`."""
     nr_calls, next_index, status, _ = _HEADER.unpack_from(raw, 0)
     if nr_calls != len(calls):
         raise ValueError(f"batch of {nr_calls} calls read back for {len(calls)}")
-    layout = _Layout(calls, 0)
-    results = []
-    for index, call in enumerate(calls):
-        outs = []
-        for arg in call.args:
-            if isinstance(arg, Data | Out | InOut):
-                offset = layout.place(arg)
-                if isinstance(arg, Out):
-                    outs.append(raw[offset : offset + arg.size])
-                elif isinstance(arg, InOut):
-                    outs.append(raw[offset : offset + len(arg.payload)])
-        result = _CALL.unpack_from(raw, HEADER_BYTES + CALL_BYTES * index)[-1]
-        results.append(CallResult(result, tuple(outs)))
+    layout = _Layout(len(calls))
+    values = struct.unpack_from(f"={len(calls) * _CALL_WORDS}q", raw, HEADER_BYTES)[_CALL_WORDS - 1 :: _CALL_WORDS]
+    results = [CallResult(value, _outs(call, layout, raw)) for call, value in zip(calls, values, strict=True)]
     return BatchState(tuple(results), next_index if status else None)
+
+
+def _outs(call: Call, layout: _Layout, raw: bytes | memoryview) -> tuple[bytes, ...]:
+    """What a call left in its buffers."""
+    outs = []
+    for arg in call.args:
+        if isinstance(arg, _PLAIN):
+            continue
+        offset = layout.place(arg)
+        if isinstance(arg, Out):
+            outs.append(bytes(raw[offset : offset + arg.size]))
+        elif isinstance(arg, InOut):
+            outs.append(bytes(raw[offset : offset + len(arg.payload)]))
+        else:
+            _skip_targets(arg, layout)
+    return tuple(outs)
+
+
+def _skip_targets(data: Data, layout: _Layout) -> None:
+    for _, target in data.pointers:
+        layout.place(target)
+        if isinstance(target, Data):
+            _skip_targets(target, layout)
 
 
 def split(calls: Sequence[Call], capacity_bytes: int) -> list[list[Call]]:
@@ -177,6 +211,8 @@ def split(calls: Sequence[Call], capacity_bytes: int) -> list[list[Call]]:
     Raises ValueError when a single linked group is larger than the capacity.
     """
     room = capacity_bytes - HEADER_BYTES - _ALIGN
+    if sum(map(_call_bytes, calls)) <= room:
+        return [list(calls)] if calls else []
     batches: list[list[Call]] = []
     start, used = 0, 0
     for first, end in _linked_groups(calls):
@@ -209,7 +245,11 @@ def _linked_groups(calls: Sequence[Call]) -> list[tuple[int, int]]:
 
 
 def _call_bytes(call: Call) -> int:
-    return CALL_BYTES + sum(_buffer_bytes(a) for a in call.args if isinstance(a, Data | Out | InOut))
+    size = CALL_BYTES
+    for arg in call.args:
+        if not isinstance(arg, _PLAIN):
+            size += _buffer_bytes(arg)
+    return size
 
 
 def _buffer_bytes(buffer: Buffer) -> int:

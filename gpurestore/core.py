@@ -274,19 +274,30 @@ class Region:
 
     def run(self, slot: int, tid: int, calls: Sequence[Call], cancel: Cancel | None = None) -> list[CallResult]:
         """Run ``calls`` in the thread ``tid`` that serves ``slot``; one caller per slot at a time."""
-        at = self._batch_address(slot)
-        flag = cancel.flag if cancel else ffi.NULL
         results: list[CallResult] = []
         for part in batch.split(calls, SLOT_BATCH_BYTES):
-            encoded = batch.encode(part, at, SLOT_BATCH_BYTES)
-            ffi.memmove(ffi.cast("void *", at), encoded, len(encoded))
-            err = new_error()
-            check(lib.gr_slot_run(self.handle, slot, tid, flag, err), err)
-            results += finish(part, bytes(ffi.buffer(ffi.cast("char *", at), len(encoded))), tid)
+            results += finish(part, self._run_batch(slot, tid, part, cancel), tid)
         return results
 
+    def execute(self, slot: int, tid: int, calls: Sequence[Call], cancel: Cancel | None = None) -> None:
+        """The same for calls whose results nobody wants to see, as long as they are the expected ones."""
+        for part in batch.split(calls, SLOT_BATCH_BYTES):
+            raw = self._run_batch(slot, tid, part, cancel)
+            if not batch.is_whole(raw):
+                finish(part, raw, tid)
 
-def finish(calls: Sequence[Call], raw: bytes, tid: int) -> list[CallResult]:
+    def _run_batch(self, slot: int, tid: int, calls: Sequence[Call], cancel: Cancel | None) -> memoryview:
+        """One batch; its memory as the agent left it, which is the slot's."""
+        at = self._batch_address(slot)
+        encoded = batch.encode(calls, at, SLOT_BATCH_BYTES)
+        raw = memoryview(ffi.buffer(ffi.cast("char *", at), len(encoded)))
+        raw[:] = encoded
+        err = new_error()
+        check(lib.gr_slot_run(self.handle, slot, tid, cancel.flag if cancel else ffi.NULL, err), err)
+        return raw
+
+
+def finish(calls: Sequence[Call], raw: bytes | memoryview, tid: int) -> list[CallResult]:
     """Results of a batch that ran in ``tid``; raises CallFailedError for the call that ended it early."""
     state = batch.decode(calls, raw)
     if state.failed is None:

@@ -108,7 +108,7 @@ class Making:
     def _call(self, pid: int, calls: list[Call], tid: int | None = None) -> None:
         tid = pid if tid is None else tid
         if calls:
-            self._region.run(self._plan.slots[tid], tid, calls, self._cancel)
+            self._region.execute(self._plan.slots[tid], tid, calls, self._cancel)
 
     def _make_tree(self) -> None:
         self._walk_tree(self._plan.births.first)
