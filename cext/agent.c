@@ -5,6 +5,8 @@
  * state is never touched. The layout of the first bytes is fixed by gr_agent_entry.h.
  */
 #include <linux/futex.h>
+#include <linux/prctl.h>
+#include <signal.h>
 #include <stddef.h>
 #include <sys/syscall.h>
 
@@ -38,6 +40,9 @@ __asm__(".pushsection .text.start, \"ax\", @progbits\n"
 	"	mov $15, %eax\n"     /* rt_sigreturn */
 	"	syscall\n"
 	"	ud2\n"
+	"	.org gr_agent_start + " STR(GR_ENTRY_SYSCALL) ", 0xcc\n"
+	"	syscall\n"
+	"	ud2\n"
 	".popsection\n");
 
 static inline int64_t syscall6(uint64_t nr, const uint64_t *args)
@@ -69,6 +74,44 @@ static int64_t use_tiles(void)
 	return 0;
 }
 
+/*
+ * The newborn shares this thread's memory or has a copy of it, but its slot, where its stack is, is everybody's: until it
+ * stands there it must not touch any memory.
+ */
+static int64_t clone_into_slot(const uint64_t *args)
+{
+	register uint64_t stack __asm__("r12") = args[2] + GR_SLOT_BYTES - 64;
+	register uint64_t slot __asm__("r13") = args[2];
+	register uint64_t parent __asm__("r14") = args[3];
+	int64_t result;
+
+	__asm__ volatile("syscall\n\t"
+			 "test %%rax, %%rax\n\t"
+			 "jnz 1f\n\t"
+			 "mov %%r12, %%rsp\n\t"
+			 "mov %%r13, %%rdi\n\t"
+			 "mov %%r14, %%rsi\n\t"
+			 "call gr_agent_born\n\t"
+			 "ud2\n\t"
+			 "1:"
+			 : "=a"(result)
+			 : "a"(__NR_clone3), "D"(args[0]), "S"(args[1]), "r"(stack), "r"(slot), "r"(parent)
+			 : "rcx", "r11", "memory");
+	return result;
+}
+
+static int64_t run_call(uint64_t nr, const uint64_t *args)
+{
+	switch (nr) {
+	case GR_OP_USE_TILES:
+		return use_tiles();
+	case GR_OP_CLONE:
+		return clone_into_slot(args);
+	default:
+		return syscall6(nr, args);
+	}
+}
+
 static int as_expected(const struct gr_call *call)
 {
 	switch (call->expect) {
@@ -96,7 +139,7 @@ __attribute__((used)) void gr_agent_run_batch(struct gr_slot *slot)
 			args[a] = is_ref ? (uint64_t)batch->calls[call->args[a]].result : call->args[a];
 		}
 		*(volatile uint32_t *)&batch->next = i;
-		call->result = call->nr == GR_OP_USE_TILES ? use_tiles() : syscall6(call->nr, args);
+		call->result = run_call(call->nr, args);
 		if (!as_expected(call)) {
 			batch->status = 1;
 			return;
@@ -122,4 +165,17 @@ __attribute__((used, noreturn)) void gr_agent_serve(struct gr_slot *slot)
 		__atomic_store_n(&slot->state, GR_SLOT_IDLE, __ATOMIC_RELEASE);
 		futex(&slot->state, FUTEX_WAKE, 1);
 	}
+}
+
+/* The first of a newborn. A parent that died before it could be asked to take its child along has left it to others. */
+__attribute__((used, noreturn)) void gr_agent_born(struct gr_slot *slot, uint64_t parent)
+{
+	const uint64_t ask[6] = { PR_SET_PDEATHSIG, SIGKILL }, none[6] = { 0 };
+
+	if (parent) {
+		syscall6(__NR_prctl, ask);
+		if ((uint64_t)syscall6(__NR_getppid, none) != parent)
+			syscall6(__NR_exit_group, none);
+	}
+	gr_agent_serve(slot);
 }

@@ -25,6 +25,11 @@
  * moment, and only then takes their content from ptrace. Needs ARCH_REQ_XCOMP_PERM before.
  */
 #define GR_OP_USE_TILES 0x10000
+/*
+ * CLONE: clone3(args[0], args[1]); the newborn serves the slot at args[2] at once, on that slot's stack. With args[3],
+ * the pid that it must find as its parent's, it dies with its parent until it is told otherwise; threads have 0 there.
+ */
+#define GR_OP_CLONE 0x10001
 
 struct gr_call {
 	uint64_t nr;

@@ -1,6 +1,5 @@
 /* Restore side: making tasks and threads with given ids, giving them their final registers, letting them go. */
 #include <elf.h>
-#include <linux/futex.h>
 #include <linux/sched.h>
 #include <sched.h>
 #include <signal.h>
@@ -9,27 +8,19 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
-#include <time.h>
 
 #include "gr_agent.h"
 #include "gr_agent_entry.h"
 #include "gr_tracer_internal.h"
 
-/* A spawned task dies with us; what it clones is ours at birth, before its first instruction. */
-#define SPAWN_OPTIONS                                                                                                  \
-	(PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK)
+/* A spawned task dies with us. */
+#define SPAWN_OPTIONS (PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD)
 /* clone_args of 5.5, the first with set_tid */
 #define CLONE_ARGS_BYTES 80
-#define CLONE_SPINS 500
 
 static uint64_t slot_address(const struct gr_region *region, uint32_t slot)
 {
 	return region->slots + (uint64_t)slot * GR_SLOT_BYTES;
-}
-
-static uint64_t slot_stack(const struct gr_region *region, uint32_t slot)
-{
-	return slot_address(region, slot) + GR_SLOT_BYTES - 64;
 }
 
 /*
@@ -111,117 +102,44 @@ int gr_spawn_root(struct gr_tracer *tracer, struct gr_region *region, int pid, u
 	return gr_tracer_call(tracer, do_spawn_root, &request, err);
 }
 
-struct clone_request {
-	struct gr_region *region;
-	int parent_tid;
-	uint32_t parent_slot;
-	uint64_t flags;
-	int exit_signal;
-	int tid;
-	uint32_t slot;
+struct adopt_request {
+	int pid;
+	const int *tids;
+	int nr_tids;
 };
 
-/* The batch by which the parent's agent clones: one clone3, its arguments behind it. Returns where its result will be. */
-static int64_t *write_clone_batch(const struct clone_request *request)
+static int adopt(struct gr_tracer_state *state, int tid, int pid, struct gr_error *err)
 {
-	struct gr_batch *batch = (void *)(slot_address(request->region, request->parent_slot) + GR_SLOT_BATCH_OFFSET);
-	struct clone_args *args = (void *)&batch->calls[1];
-	pid_t *set_tid = (void *)(args + 1);
+	if (!gr_tracee_add(state, tid, pid, true))
+		return gr_fail(err, ENOMEM, "seizing the cloned task %d", tid);
+	if (ptrace(PTRACE_SEIZE, tid, NULL, (void *)(long)SPAWN_OPTIONS) < 0) {
+		int code = errno;
 
-	*set_tid = request->tid;
-	/* No stack given: the child is stopped before it touches any, and gets its slot's. */
-	*args = (struct clone_args){
-		.flags = request->flags,
-		.exit_signal = request->flags & CLONE_THREAD ? 0 : request->exit_signal,
-		.set_tid = (uint64_t)set_tid,
-		.set_tid_size = 1,
-	};
-	if (request->flags & CLONE_VM) {
-		args->stack = slot_address(request->region, request->slot);
-		args->stack_size = GR_SLOT_BYTES - 64;
+		gr_tracee_remove(state, tid);
+		return gr_fail(err, code, "seizing the cloned task %d", tid);
 	}
-	*batch = (struct gr_batch){ .nr_calls = 1 };
-	batch->calls[0] = (struct gr_call){ .nr = __NR_clone3, .args = { (uint64_t)args, CLONE_ARGS_BYTES },
-					    .expect = GR_EXPECT_OK };
-	return &batch->calls[0].result;
-}
-
-/* The newborn stops before its first instruction; its first one is the agent's. */
-static int receive_child(struct gr_tracer_state *state, const struct clone_request *request, struct gr_error *err)
-{
-	int pid = request->flags & CLONE_THREAD ? gr_tracee_find(state, request->parent_tid)->pid : request->tid;
-	struct gr_tracee *child = gr_tracee_add(state, request->tid, pid, true);
-	struct gr_regs regs;
-	int status, ret;
-
-	if (!child)
-		return gr_fail(err, ENOMEM, "cloning task %d", request->tid);
-	status = gr_tracee_wait(state, child, err);
-	if (status < 0)
-		return status;
-	ret = gr_tracee_get_regs(child, &regs, err);
-	if (ret < 0)
-		return ret;
-	regs.rip = request->region->address + GR_ENTRY_SERVE;
-	regs.rdi = slot_address(request->region, request->slot);
-	regs.rsp = slot_stack(request->region, request->slot);
-	regs.orig_rax = -1;
-	ret = gr_tracee_set_regs(child, &regs, err);
-	if (ret < 0)
-		return ret;
-	child->stopped = false;
-	if (ptrace(PTRACE_CONT, request->tid, NULL, NULL) < 0)
-		return gr_fail(err, errno, "starting task %d", request->tid);
 	return 0;
 }
 
-static int do_clone(struct gr_tracer_state *state, void *arg, struct gr_error *err)
+static int do_adopt(struct gr_tracer_state *state, void *arg, struct gr_error *err)
 {
-	struct clone_request *request = arg;
-	struct gr_slot *slot = (void *)slot_address(request->region, request->parent_slot);
-	struct gr_tracee *parent = gr_tracee_find(state, request->parent_tid);
-	struct timespec slice = { .tv_nsec = 200000 };
-	int64_t *result;
+	struct adopt_request *request = arg;
 
-	if (!parent)
-		return gr_fail(err, ESRCH, "cloning from task %d, which is not ours", request->parent_tid);
-	result = write_clone_batch(request);
-	gr_slot_post(request->region, request->parent_slot);
-	for (int spins = 0;; spins++) {
-		int status, got = waitpid(request->parent_tid, &status, __WALL | WNOHANG);
+	for (int i = 0; i < request->nr_tids; i++) {
+		int tid = request->tids[i];
+		int ret = adopt(state, tid, request->pid ? request->pid : tid, err);
 
-		if (got == request->parent_tid) {
-			int ret;
-
-			if (!WIFSTOPPED(status)) {
-				gr_tracee_remove(state, request->parent_tid);
-				return gr_fail(err, ESRCH, "task %d died while cloning", request->parent_tid);
-			}
-			ret = status >> 16 ? receive_child(state, request, err) : 0;
-			/* Any other stop is passed over; the agent's signals are all blocked. */
-			if (ptrace(PTRACE_CONT, request->parent_tid, NULL, NULL) < 0 && ret == 0)
-				ret = gr_fail(err, errno, "resuming task %d", request->parent_tid);
-			if (ret < 0)
-				return ret;
-		} else if (__atomic_load_n(&slot->state, __ATOMIC_ACQUIRE) == GR_SLOT_IDLE) {
-			if (*result < 0)
-				return gr_fail(err, (int)-*result, "cloning task %d from task %d", request->tid,
-					       request->parent_tid);
-			return 0;
-		} else if (spins < CLONE_SPINS) {
-			sched_yield();
-		} else {
-			syscall(__NR_futex, &slot->state, FUTEX_WAIT, GR_SLOT_POSTED, &slice, NULL, 0);
-		}
+		if (ret < 0)
+			return ret;
 	}
+	return 0;
 }
 
-int gr_clone(struct gr_tracer *tracer, struct gr_region *region, int parent_tid, uint32_t parent_slot, uint64_t flags,
-	     int exit_signal, int tid, uint32_t slot, struct gr_error *err)
+int gr_adopt(struct gr_tracer *tracer, int pid, const int *tids, int nr_tids, struct gr_error *err)
 {
-	struct clone_request request = { region, parent_tid, parent_slot, flags, exit_signal, tid, slot };
+	struct adopt_request request = { pid, tids, nr_tids };
 
-	return gr_tracer_call(tracer, do_clone, &request, err);
+	return gr_tracer_call(tracer, do_adopt, &request, err);
 }
 
 struct park_request {
@@ -234,7 +152,6 @@ static int do_park(struct gr_tracer_state *state, void *arg, struct gr_error *er
 	struct park_request *request = arg;
 	struct gr_tracee *leader = gr_tracee_find(state, request->pid);
 	const uint64_t args[6] = { request->address, request->bytes, 0, 0, 0, 0 };
-	uint64_t ret_gadget, sigreturn, gadget;
 	struct gr_regs regs;
 	int64_t result;
 	int ret;
@@ -248,12 +165,11 @@ static int do_park(struct gr_tracer_state *state, void *arg, struct gr_error *er
 		if (ret < 0)
 			return ret;
 	}
-	/* The agent cannot unmap itself: any system call instruction of the restored code will do. */
-	ret = gr_find_gadgets(request->pid, &ret_gadget, &sigreturn, &gadget, err);
+	/* The instruction goes, too, but the thread stops at the exit of its call, and gets other registers there. */
+	ret = gr_tracee_get_regs(leader, &regs, err);
 	if (ret == 0)
-		ret = gr_tracee_get_regs(leader, &regs, err);
-	if (ret == 0)
-		ret = gr_remote_syscall(state, leader, gadget, __NR_munmap, args, regs.rsp, &result, err);
+		ret = gr_remote_syscall(state, leader, request->address + GR_ENTRY_SYSCALL, __NR_munmap, args, regs.rsp,
+					&result, err);
 	if (ret == 0 && result < 0)
 		ret = gr_fail(err, (int)-result, "unmapping the agent from task %d", request->pid);
 	return ret;

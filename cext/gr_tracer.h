@@ -79,11 +79,10 @@ int gr_kill(struct gr_tracer *tracer, const int *pids, int nr_pids, struct gr_er
  */
 int gr_spawn_root(struct gr_tracer *tracer, struct gr_region *region, int pid, uint32_t slot, struct gr_error *err);
 /*
- * Clones a task or a thread with id `tid` out of the one that serves `parent_slot`; the new one serves `slot`.
- * `flags` are clone3's; -EEXIST when the id is taken.
+ * Takes what an agent cloned (GR_OP_CLONE): `tids` are threads of `pid` or, where that is 0, tasks. Until then a task
+ * dies with its parent only.
  */
-int gr_clone(struct gr_tracer *tracer, struct gr_region *region, int parent_tid, uint32_t parent_slot, uint64_t flags,
-	     int exit_signal, int tid, uint32_t slot, struct gr_error *err);
+int gr_adopt(struct gr_tracer *tracer, int pid, const int *tids, int nr_tids, struct gr_error *err);
 /* Stops all threads of `pid` for good and unmaps [address, address + bytes), the agent's region, from the task. */
 int gr_park(struct gr_tracer *tracer, int pid, uint64_t address, uint64_t bytes, struct gr_error *err);
 /* Final registers, extended state and signal mask of a parked thread. */

@@ -197,12 +197,10 @@ class Tracer:
         err = new_error()
         check(lib.gr_spawn_root(self._tracer, region.handle, pid, slot, err), err)
 
-    def clone(
-        self, region: Region, parent: tuple[int, int], tid: int, slot: int, *, flags: int = 0, exit_signal: int = 17
-    ) -> None:
-        """Clone task or thread ``tid`` out of ``parent`` (its tid and slot); the new one serves ``slot``."""
+    def adopt(self, tids: Sequence[int], *, of: int = 0) -> None:
+        """Take tasks, or threads of the task ``of``, that an agent cloned: they die with the tracer until resumed."""
         err = new_error()
-        check(lib.gr_clone(self._tracer, region.handle, parent[0], parent[1], flags, exit_signal, tid, slot, err), err)
+        check(lib.gr_adopt(self._tracer, of, ffi.new("int[]", list(tids)), len(tids), err), err)
 
     def park(self, pid: int, address: int, size: int) -> None:
         """Stop all threads of a spawned task for good and unmap the region [address, address + size) from it."""
@@ -262,8 +260,12 @@ class Region:
         """Unmap it here; tasks that still serve it are not affected."""
         lib.gr_region_destroy(self.handle)
 
+    def slot_address(self, slot: int) -> int:
+        """Where a slot lies, in every task."""
+        return int(self.handle.slots) + slot * SLOT_BYTES
+
     def _batch_address(self, slot: int) -> int:
-        return int(self.handle.slots) + slot * SLOT_BYTES + SLOT_BATCH_OFFSET
+        return self.slot_address(slot) + SLOT_BATCH_OFFSET
 
     def post(self, slot: int, calls: Sequence[Call]) -> None:
         """Start ``calls`` (one batch's worth) and do not wait: for calls that never return."""

@@ -94,3 +94,4 @@ class NR(IntEnum):
     PIDFD_GETFD = 438
     # No system call: the agent itself (cext/gr_agent.h).
     AGENT_USE_TILES = 0x10000
+    AGENT_CLONE = 0x10001

@@ -6,16 +6,15 @@ import logging
 
 from gpurestore import core
 from gpurestore.batch import Call, CallResult
-from gpurestore.errors import CallFailedError, CoreError, GpurestoreError
+from gpurestore.errors import CallFailedError, GpurestoreError
 from gpurestore.pipeline.load import LoadedTask
 from gpurestore.pipeline.plan import RestorePlan
 from gpurestore.syscalls import NR
+from gpurestore.tasks import cloning
 from gpurestore.tasks.memory import Worker, hugepages
 
 log = logging.getLogger("gpurestore.restore")
 
-# clone(2): what makes a thread
-THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000
 _EEXIST = 17
 
 
@@ -77,10 +76,12 @@ class Crews:
         while tid > 300:
             if tid not in self._plan.slots:
                 try:
-                    parent = (pid, self._plan.slots[pid])
-                    self._tracer.clone(self._region, parent, tid, slot, flags=THREAD_FLAGS)
+                    self._region.execute(
+                        self._plan.slots[pid], pid, [cloning.thread(tid, self._region.slot_address(slot))], self._cancel
+                    )
+                    self._tracer.adopt([tid], of=pid)
                     return tid
-                except CoreError as error:
+                except CallFailedError as error:
                     if error.errno != _EEXIST:
                         raise
             tid -= self._plan.nr_slots

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import trio
@@ -16,7 +17,6 @@ import trio
 from gpurestore import core, faults
 from gpurestore.batch import Call
 from gpurestore.errors import CancelledError, GpurestoreError, NeedsPersonError
-from gpurestore.pipeline.crews import THREAD_FLAGS
 from gpurestore.pipeline.devices import Devices
 from gpurestore.pipeline.filling import Filling
 from gpurestore.pipeline.graph import FORK, RELEASE, Node
@@ -25,8 +25,7 @@ from gpurestore.pipeline.load import LoadedTree
 from gpurestore.pipeline.plan import RestorePlan, TaskPlan
 from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import Span
-from gpurestore.syscalls import NR
-from gpurestore.tasks import memory, shmem
+from gpurestore.tasks import cloning, memory, shmem
 from gpurestore.tasks.pstree import Birth, Run
 from gpurestore.tasks.restorer import Restorer
 
@@ -52,7 +51,8 @@ class Making:
         self._filling = Filling(stages, restorer.pid_max, tree, planned, region, tracer, pages)
         self._run = stages.blocking.run
         self._cancel = stages.blocking.cancel
-        self._born: list[int] = []
+        self._born: list[int] = []  # or about to be
+        self._stripped: set[int] = set()
         self._released = False
         self._of_task: dict[str, Callable[[TaskPlan], None]] = {
             "descriptors": self._give_descriptors,
@@ -115,28 +115,44 @@ class Making:
         faults.point("restore.forked")
 
     def _walk_tree(self, steps: Iterable[Birth | Run]) -> None:
-        for step in steps:
+        """Births of one parent that follow each other are one batch."""
+        for parent, group in groupby(steps, lambda step: step.parent if isinstance(step, Birth) else None):
             if self._cancel.is_set:
                 raise CancelledError("cancelled while the tree was made")
-            match step:
-                case Birth():
-                    self._give_birth(step)
-                case Run(pid=pid, calls=calls, exits=exits):
-                    self._end(pid, calls) if exits else self._call(pid, list(calls))
+            if parent is not None:
+                self._give_births(parent, [step for step in group if isinstance(step, Birth)])
+                continue
+            for step in group:
+                match step:
+                    case Birth(pid=pid):
+                        self._fork_root(pid)
+                    case Run(pid=pid, calls=calls, exits=exits):
+                        self._end(pid, calls) if exits else self._call(pid, list(calls))
 
-    def _give_birth(self, birth: Birth) -> None:
-        slot = self._plan.slots[birth.pid]
-        if birth.parent is None:
-            self._tracer.spawn_root(self._region, birth.pid, slot)
-            self._born.append(birth.pid)
-            # The fork asked to die with us, until the tracer had it.
-            self._call(birth.pid, [Call(NR.PRCTL, (1, 0), "outlive the restorer")])
-        else:
-            parent = (birth.parent, self._plan.slots[birth.parent])
-            self._tracer.clone(self._region, parent, birth.pid, slot, exit_signal=birth.exit_signal)
-            self._born.append(birth.pid)
-        if task := self._plan.tasks.get(birth.pid):
-            self._call(birth.pid, task.strip)
+    def _fork_root(self, pid: int) -> None:
+        self._tracer.spawn_root(self._region, pid, self._plan.slots[pid])
+        self._born.append(pid)
+
+    def _give_births(self, parent: int, births: list[Birth]) -> None:
+        """What the parent need not have any more its children need not have copies of."""
+        self._strip(parent)
+        pids = [birth.pid for birth in births]
+        self._born += pids
+        places = [self._region.slot_address(self._plan.slots[pid]) for pid in pids]
+        self._call(
+            parent,
+            [
+                cloning.birth(birth.pid, parent, place, birth.exit_signal)
+                for birth, place in zip(births, places, strict=True)
+            ],
+        )
+        self._tracer.adopt(pids)
+
+    def _strip(self, pid: int) -> None:
+        """The first that a task does, once. From now on it dies with the tracer, not with its parent."""
+        if pid not in self._stripped and (task := self._plan.tasks.get(pid)):
+            self._stripped.add(pid)
+            self._call(pid, task.strip)
 
     def _end(self, pid: int, calls: tuple[Call, ...]) -> None:
         """Let a task run its last calls and become a zombie of its parent."""
@@ -147,6 +163,7 @@ class Making:
     # ---- one task
 
     def _give_descriptors(self, task: TaskPlan) -> None:
+        self._strip(task.pid)
         self._call(task.pid, task.files)
 
     def _map(self, task: TaskPlan) -> None:
@@ -154,10 +171,10 @@ class Making:
         faults.point("restore.mapped")
 
     def _make_threads(self, task: TaskPlan) -> None:
-        loaded = self._tree.tasks[task.pid]
-        parent = (task.pid, self._plan.slots[task.pid])
-        for tid in loaded.tids[1:]:
-            self._tracer.clone(self._region, parent, tid, self._plan.slots[tid], flags=THREAD_FLAGS)
+        if tids := self._tree.tasks[task.pid].tids[1:]:
+            slots = [self._region.slot_address(self._plan.slots[tid]) for tid in tids]
+            self._call(task.pid, [cloning.thread(tid, slot) for tid, slot in zip(tids, slots, strict=True)])
+            self._tracer.adopt(tids, of=task.pid)
 
     def _put_ancestral(self, task: TaskPlan) -> None:
         """Show the children what the task has not any more."""

@@ -13,6 +13,7 @@ from gpurestore import core
 from gpurestore.batch import Call
 from gpurestore.core import ThreadState
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
+from gpurestore.syscalls import NR
 from gpurestore.tasks import cores, fs, maps, memory, mm, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
@@ -21,6 +22,7 @@ from gpurestore.tasks.memory import Reading, hugepages
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 
+_PR_SET_PDEATHSIG = 1
 _LARGE_BYTES = 64 << 20
 _MIN_COLD_BYTES = 16 << 20
 
@@ -163,7 +165,11 @@ def _plan_task(
     )
     return TaskPlan(
         pid=pid,
-        strip=[*process.early, *mm.plan_strip(plan.region, plan.hole_end, own, task.mm, kept)],
+        strip=[
+            *process.early,
+            Call(NR.PRCTL, (_PR_SET_PDEATHSIG, 0), "outlive the parent"),
+            *mm.plan_strip(plan.region, plan.hole_end, own, task.mm, kept),
+        ],
         files=[
             *plan_descriptors(files.entries_of(pid), files.fd_of, files.keep_from),
             *fs.plan(task.fs, files.fd_of, _is_root_at_birth(tree, task)),
@@ -199,7 +205,7 @@ def lines(plan: RestorePlan, tree: LoadedTree) -> Iterator[str]:
         yield f"shared memory {shmid} staged at {address:#x}, {what}"
     for step in plan.tree.steps:
         match step:
-            case pstree.Birth(pid=pid) if pid in plan.births.later:
+            case pstree.Birth(pid=pid) if pid in tree.tasks and tree.tasks[pid].inherited is not None:
                 yield _birth_of_heir(tree.tasks[pid])
             case pstree.Birth(pid=pid, parent=None):
                 yield f"task {pid}: forked by this command"

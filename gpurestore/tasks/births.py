@@ -13,15 +13,18 @@ from itertools import groupby
 from gpurestore.tasks.pstree import Birth, Run, TreePlan
 
 Step = Birth | Run
+# One batch of births is quicker than many, but the first child waits for the last one's birth.
+HEIRS_AT_ONCE = 8
 
 
 @dataclass(slots=True)
 class Births:
     """The steps of a :class:`TreePlan` by the moment at which they can be done; each list strictly in its order.
 
-    ``first``: at once. ``later``: by heir, its birth and what it makes possible. ``last``: when everyone is born.
-    ``with_heir``: at whose birth each task is born; tasks that are not in there are born at once. ``previous``: of an
-    heir, the one before it: births of one parent happen one after another.
+    ``first``: at once. ``later``: by heir, its birth, those of other heirs that can follow it, and what they make
+    possible. ``last``: when everyone is born. ``with_heir``: at whose birth each task is born; tasks that are not in
+    there are born at once. ``previous``: of an heir in ``later``, the one before it: births of one parent happen one
+    after another.
     """
 
     first: list[Step] = field(default_factory=list)
@@ -45,16 +48,20 @@ def schedule(plan: TreePlan, heirs: Collection[int]) -> Births:
     for pid in waiting:
         heir = births.with_heir.get(pid)
         previous: int | None = None
+        room = 0
         for step in _heirs_last(own.get(pid, []), heirs):
             if isinstance(step, Birth):
                 waiting.append(step.pid)
-                if step.pid in heirs:
-                    heir = step.pid
+                if step.pid in heirs and not room:
+                    heir, room = step.pid, HEIRS_AT_ONCE
                     if previous is not None:
                         births.previous[heir] = previous
                     previous = heir
+                room -= step.pid in heirs
                 if heir is not None:
                     births.with_heir[step.pid] = heir
+            else:
+                room = 0
             _list_of(births, heir).append(step)
     _add_last(births, plan)
     return births

@@ -17,7 +17,7 @@ from gpurestore import core
 from gpurestore.batch import Call, Data, Out
 from gpurestore.errors import CallFailedError, CoreError, TaskDiedError
 from gpurestore.syscalls import NR
-from gpurestore.tasks import maps
+from gpurestore.tasks import cloning, maps
 from gpurestore.tasks.frozen import FrozenTree
 
 pytestmark = pytest.mark.usefixtures("rights")
@@ -163,26 +163,31 @@ def test_tasks_and_threads_are_born_with_the_ids_that_were_asked_for(region: cor
     first = free_pid()
     with core.Tracer() as tracer:
         tracer.spawn_root(region, first, 0)
-        tracer.clone(region, (first, 0), first - 1, 1)
-        tracer.clone(region, (first - 1, 1), first - 2, 2, flags=0x50F00)
+        region.execute(0, first, [cloning.birth(first - 1, first, region.slot_address(1))])
+        region.execute(1, first - 1, [cloning.thread(first - 2, region.slot_address(2))])
+        tracer.adopt([first - 1])
+        tracer.adopt([first - 2], of=first - 1)
         ask = [Call(NR.GETPID), Call(NR.GETTID), Call(NR.GETPPID)]
         assert [r.result for r in region.run(1, first - 1, ask)] == [first - 1, first - 1, first]
         assert [r.result for r in region.run(2, first - 2, ask)] == [first - 1, first - 2, first]
-        with pytest.raises(CoreError, match="File exists"):
-            tracer.clone(region, (first, 0), os.getpid(), 3)
+        with pytest.raises(CallFailedError, match=f"clone task {os.getpid()}: AGENT_CLONE: File exists"):
+            region.execute(0, first, [cloning.birth(os.getpid(), first, region.slot_address(3))])
         tracer.kill([first, first - 1])
 
 
-def test_spawned_tasks_die_with_their_maker() -> None:
+@pytest.mark.parametrize("is_adopted", [True, False])
+def test_spawned_tasks_die_with_their_maker(is_adopted: bool) -> None:
     first = free_pid()
     code = f"""
 import os, signal
 from gpurestore import core
-from gpurestore.tasks import maps
+from gpurestore.tasks import cloning, maps
 region = core.Region(maps.find_hole(maps.own_ranges(), core.Region.size_for(2)), 2)
 tracer = core.Tracer()
 tracer.spawn_root(region, {first}, 0)
-tracer.clone(region, ({first}, 0), {first - 1}, 1)
+region.execute(0, {first}, [cloning.birth({first - 1}, {first}, region.slot_address(1))])
+if {is_adopted}:
+    tracer.adopt([{first - 1}])
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

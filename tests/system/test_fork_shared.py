@@ -100,7 +100,7 @@ def test_a_dry_run_tells_who_waits_for_whose_memory(tool: Tool, victims: Victims
     said = tool.run("restore", "-D", str(folder / "images"), "--dry-run").expect(0).out
     root, first, second = victim.pids
     assert f"stage birth of task {first} after ancestral memory of task {root}" in said
-    assert f"stage birth of task {second} after ancestral memory of task {root}, birth of task {first}" in said
+    assert f"stage descriptors of task {second} after birth of task {first}" in said
     assert f"task {root}: while children are born, show them " in said
     assert f"task {first}: cloned by task {root} when its memory is in place, keeps " in said
 

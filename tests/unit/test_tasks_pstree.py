@@ -144,13 +144,15 @@ def _as_late_as_can_be(late):
 
 def _check_moments(late, planned, heirs):
     """Nobody waits for memory but heirs, their children, and whoever comes behind them for a reason."""
-    assert late.later.keys() == heirs
+    assert late.later.keys() <= heirs
     for heir, steps in late.later.items():
         assert steps[0].pid == heir
+        assert late.with_heir[heir] == heir
     for birth in planned.births:
         with_heir = late.with_heir.get(birth.pid)
         if birth.pid in heirs:
-            assert with_heir == birth.pid
+            assert birth in late.later[with_heir]
+            assert birth.parent == late.later[with_heir][0].parent
         elif birth.parent is not None and not birth.helper and with_heir is None:
             assert late.with_heir.get(birth.parent) is None
     if not heirs:
@@ -161,7 +163,15 @@ def test_children_that_inherit_nothing_do_not_wait_for_those_that_do():
     planned = _plan([_entry(pid, 100 if pid > 100 else 0, 100, 100) for pid in (100, 101, 102, 103)])
     late = births.schedule(planned, {101, 103})
     assert [s.pid for s in late.first if isinstance(s, Birth)] == [100, 102]
-    assert (late.with_heir, late.previous, late.last) == ({101: 101, 103: 103}, {103: 101}, [])
+    assert (late.with_heir, late.previous, late.last) == ({101: 101, 103: 101}, {}, [])
+
+
+def test_heirs_of_one_parent_are_born_some_at_a_time():
+    pids = range(101, 103 + births.HEIRS_AT_ONCE)
+    planned = _plan([_entry(100, 0, 100, 100), *(_entry(pid, 100, 100, 100) for pid in pids)])
+    late = births.schedule(planned, set(pids))
+    assert {heir: len(steps) for heir, steps in late.later.items()} == {101: births.HEIRS_AT_ONCE, pids[-2]: 2}
+    assert late.previous == {pids[-2]: 101}
 
 
 def test_a_session_is_founded_when_those_who_are_not_in_it_are_born():
