@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -79,23 +79,28 @@ class Filling:
             await self._decompress_all(loaded.pid, pages.compressed, span)
             span.set(bytes=pages.total_bytes, huge_bytes=pages.counts.moved_bytes)
             return
-        if self._plan.nr_fillers[loaded.pid] == 1:
-            async with self._working("pump", 1, span):
-                await self._run(self._fill_alone, loaded)
-        else:
-            crew = await self._run(self._crews.assemble, loaded)
-            async with trio.open_nursery() as nursery:
-                for number, worker in enumerate(crew, 1):
-                    nursery.start_soon(self._pump, loaded, worker, number, span)
-            await self._run(self._crews.dismiss, loaded, crew)
-        counts = pages.counts
-        span.set(bytes=pages.total_bytes, huge_bytes=counts.moved_bytes, direct_bytes=counts.direct_bytes)
+        crew = await self._run(self._crews.assemble, loaded)
+        async with trio.open_nursery() as nursery:
+            for number, worker in enumerate(crew, 1):
+                nursery.start_soon(self._pump, loaded, worker, number, span)
+        await self._run(self._crews.dismiss, loaded, crew)
+        _tell(span, pages)
 
-    def _fill_alone(self, loaded: LoadedTask) -> None:
-        """In one go: to hand over between threads takes longer than to fill a small task."""
+    def work(self, loaded: LoadedTask) -> Callable[[Span], None] | None:
+        """The same for a task that one thread fills; None where there are more."""
+        if loaded.pages.compressed is not None or self._plan.nr_fillers[loaded.pid] != 1:
+            return None
+        return partial(self._fill_alone, loaded)
+
+    def _fill_alone(self, loaded: LoadedTask, span: Span) -> None:
+        """Whoever calls has a place in the budget."""
+        pages = loaded.pages
+        span.watch(pages.total_bytes, lambda: pages.done_bytes)
         crew = self._crews.assemble(loaded)
-        self._fill(loaded, crew[0])
+        with self._stages.spans.span("pump", track=_worker_track(span, 1), part_of=span):
+            self._fill(loaded, crew[0])
         self._crews.dismiss(loaded, crew)
+        _tell(span, pages)
 
     async def _pump(self, loaded: LoadedTask, worker: Worker, number: int, memory_span: Span) -> None:
         async with self._working("pump", number, memory_span):
@@ -107,7 +112,7 @@ class Filling:
     @asynccontextmanager
     async def _working(self, what: str, number: int, memory_span: Span) -> AsyncIterator[None]:
         """A place in the budget, and a span for what is done there."""
-        track = f"{memory_span.track}{WORKER_TRACK}{number}"
+        track = _worker_track(memory_span, number)
         async with self._stages.memory_workers, self._stages.spans.span(what, track=track, part_of=memory_span):
             yield
 
@@ -153,3 +158,12 @@ class Filling:
             placed_bytes=sum(each.placed_bytes for each in counts),
             direct_bytes=sum(each.direct_bytes for each in counts),
         )
+
+
+def _worker_track(memory_span: Span, number: int) -> str:
+    return f"{memory_span.track}{WORKER_TRACK}{number}"
+
+
+def _tell(span: Span, pages: memory.PagePlan) -> None:
+    """What became of the memory of a task."""
+    span.set(bytes=pages.total_bytes, huge_bytes=pages.counts.moved_bytes, direct_bytes=pages.counts.direct_bytes)

@@ -7,7 +7,7 @@ threads, memory, state - and then sits stopped at its last instruction. Here is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +25,7 @@ from gpurestore.pipeline.load import LoadedTree
 from gpurestore.pipeline.plan import RestorePlan, TaskPlan
 from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import Span
+from gpurestore.pipeline.walk import Work
 from gpurestore.tasks import cloning, memory, shmem
 from gpurestore.tasks.pstree import Birth, Run
 from gpurestore.tasks.restorer import Restorer
@@ -70,7 +71,7 @@ class Making:
         self._shared = shared
         walk = self._stages.walk
         nodes = walk.graph.nodes
-        await walk.run(nodes[nodes.index(FORK) : nodes.index(RELEASE)], self._act)
+        await walk.run(nodes[nodes.index(FORK) : nodes.index(RELEASE)], self._act, self)
         faults.point("restore.parked")
         self._tree.files.seal()
         self._tree.files.close()
@@ -82,26 +83,51 @@ class Making:
                 await self._run(self._release)
 
     async def _act(self, node: Node, span: Span) -> None:
-        """One stage of the graph, when all that it needs is there."""
+        """One stage of the graph that does more than to block, when all that it needs is there."""
         match node:
             case Node(plugin=str()):
                 await self._devices.act(node)
             case Node(name="memory", pid=int(pid)):
                 await self._filling.task(self._tree.tasks[pid], span)
-            case Node(name="lazy pages", pid=int(pid)):
-                await self._run(self._lazy.take, pid, self._plan, self._region)
             case Node(name="shared memory"):
                 await self._filling.shared(self._shared, span)
-            case Node(name="fork"):
-                await self._run(self._make_tree)
-            case Node(name="birth", pid=int(pid)):
-                await self._run(self._walk_tree, self._plan.births.later[pid])
-            case Node(name="groups"):
-                await self._run(self._walk_tree, self._plan.births.last)
-            case Node(name=name, pid=int(pid)):
-                await self._run(self._of_task[name], self._plan.tasks[pid])
             case _:
                 raise ValueError(f"nobody knows how to do the stage {node}")
+
+    # ---- pipeline/walk.py: Threads
+
+    def work(self, node: Node) -> Work | None:
+        """The stages that do nothing but block."""
+        match node:
+            case Node(plugin=str()) | Node(name="shared memory"):
+                return None
+            case Node(name="memory", pid=int(pid)):
+                return self._filling.work(self._tree.tasks[pid])
+            case Node(name="lazy pages", pid=int(pid)):
+                return lambda _: self._lazy.take(pid, self._plan, self._region)
+            case Node(name="fork"):
+                return lambda _: self._make_tree()
+            case Node(name="birth", pid=int(pid)):
+                return lambda _: self._walk_tree(self._plan.births.later[pid])
+            case Node(name="groups"):
+                return lambda _: self._walk_tree(self._plan.births.last)
+            case Node(name=name, pid=int(pid)) if stage := self._of_task.get(name):
+                return lambda _: stage(self._plan.tasks[pid])
+        return None
+
+    def place(self, chain: Sequence[Node]) -> trio.CapacityLimiter:
+        """Memory has its budget; it is held for the chain, whose other stages are short."""
+        has_memory = any(node.name == "memory" for node in chain)
+        return self._stages.memory_workers if has_memory else self._stages.short_chains
+
+    async def run_in_thread(self, call: Callable[..., None], *args: object) -> None:
+        """One chain."""
+        await self._run(call, *args)
+
+    def check(self) -> None:
+        """Raise when the restore was cancelled."""
+        if self._cancel.is_set:
+            raise CancelledError("cancelled while the tree was made")
 
     # ---- the tree
 
@@ -117,8 +143,7 @@ class Making:
     def _walk_tree(self, steps: Iterable[Birth | Run]) -> None:
         """Births of one parent that follow each other are one batch."""
         for parent, group in groupby(steps, lambda step: step.parent if isinstance(step, Birth) else None):
-            if self._cancel.is_set:
-                raise CancelledError("cancelled while the tree was made")
+            self.check()
             if parent is not None:
                 self._give_births(parent, [step for step in group if isinstance(step, Birth)])
                 continue

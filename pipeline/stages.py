@@ -19,3 +19,5 @@ class Stages:
         self.jobs = 1 if serial else jobs
         # The budget of memory workers, shared by all tasks. Hooks and other stages take nothing from it.
         self.memory_workers = trio.CapacityLimiter(self.jobs)
+        # Chains of stages that move no memory. More of them would only wait for each other.
+        self.short_chains = trio.CapacityLimiter(2 * self.jobs)
