@@ -150,7 +150,7 @@ def _plan_task(
 ) -> TaskPlan:
     pid, files = task.pid, tree.files
     leader = task.cores[pid]
-    process = cores.plan_process(leader, task.facts, restorer, pid)
+    process = cores.plan_process(leader, task.facts, restorer, pid, is_root=pid == tree.root_pid)
     order = [tid for tid in task.tids if tid != pid] + [pid]
     states = {tid: cores.registers(task.cores[tid], task.facts, tid) for tid in order}
     kept = task.inherited.kept if task.inherited else ()

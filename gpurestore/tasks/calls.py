@@ -20,14 +20,15 @@ def join(plans: Iterable[list[Call]]) -> list[Call]:
     joined: list[Call] = []
     for plan in plans:
         start = len(joined)
-        joined.extend(_moved(call, start) for call in plan)
+        joined += [_moved(call, start) for call in plan] if start else plan
     return joined
 
 
 def _moved(call: Call, start: int) -> Call:
-    if not any(isinstance(arg, Ref) for arg in call.args):
-        return call
-    return call._replace(args=tuple(Ref(a.index + start) if isinstance(a, Ref) else a for a in call.args))
+    for arg in call.args:
+        if isinstance(arg, Ref):
+            return call._replace(args=tuple(Ref(a.index + start) if isinstance(a, Ref) else a for a in call.args))
+    return call
 
 
 def prctl(option: int, *args: Arg, what: str = "", want: int | None = None, may_fail: bool = False) -> Call:

@@ -188,12 +188,15 @@ def _dead(task: FrozenTask) -> pb.core_entry:
 # ---- restore ----
 
 
-def plan_process(core: pb.core_entry, facts: ProcessFacts, restorer: Restorer, pid: int) -> ProcessPlan:
+def plan_process(
+    core: pb.core_entry, facts: ProcessFacts, restorer: Restorer, pid: int, *, is_root: bool = True
+) -> ProcessPlan:
+    """``is_root``: the root of the tree, the only task that is not cloned by another one."""
     tc = core.tc
     oom_score = tc.oom_score_adj if tc.HasField("oom_score_adj") else None
     early = join(
         [
-            [signals.default_action(signals.SIGCHLD)],  # ignored, it would reap zombies before their time
+            signals.plan_defaults() if is_root else [],
             limits.plan_room(limits.from_message(tc), restorer.limits),
             limits.plan_proc_files(oom_score, restorer.oom_score_adj, facts.coredump_filter),
             prctls.plan_early(facts),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SIGKILL, SIGCHLD, SIGCONT, SIGSTOP, NR_SIGNALS = 9, 17, 18, 19, 64
 SIGINFO_BYTES = 128
 _ACTION = struct.Struct("=QQQQ")  # handler, flags, restorer, mask, as the system call takes them
+_DEFAULT = bytes(_ACTION.size)
 _MASK_BYTES = 8
 _TASK_STOPPED = 3
 _SIG_SETMASK = 2
@@ -49,21 +50,31 @@ def collect_pending(infos: Iterable[bytes], queue: pb.signal_queue_entry) -> Non
 
 
 def plan_actions(entry: pb.task_core_entry) -> list[Call]:
+    """Those that are not the default ones, which a tree has from :func:`plan_defaults`."""
     if len(entry.sigactions) not in (0, len(_SETTABLE)):
         raise ImageError(f"core image: {len(entry.sigactions)} signal actions instead of {len(_SETTABLE)}")
-    return [
-        Call(NR.RT_SIGACTION, (n, Data(_action(sa)), 0, _MASK_BYTES), f"set the action of signal {n}", want=0)
-        for n, sa in zip(_SETTABLE, entry.sigactions, strict=False)
-    ]
+    actions = zip(_SETTABLE, map(_action, entry.sigactions), strict=False)
+    return [_set_action(n, action, f"set the action of signal {n}") for n, action in actions if action != _DEFAULT]
 
 
 def _action(sa: pb.sa_entry) -> bytes:
     return _ACTION.pack(sa.sigaction, sa.flags, sa.restorer, sa.mask)
 
 
+def _set_action(signal: int, action: bytes, what: str) -> Call:
+    return Call(NR.RT_SIGACTION, (signal, Data(action), 0, _MASK_BYTES), what, want=0)
+
+
 def default_action(signal: int) -> Call:
-    args = (signal, Data(bytes(_ACTION.size)), 0, _MASK_BYTES)
-    return Call(NR.RT_SIGACTION, args, f"default action of signal {signal}", want=0)
+    return _set_action(signal, _DEFAULT, f"default action of signal {signal}")
+
+
+def plan_defaults() -> list[Call]:
+    """For the root of a tree, which has them from us; all others inherit them from it before it sets its own.
+
+    Among them SIGCHLD: ignored, it would reap zombies before their time.
+    """
+    return [default_action(signal) for signal in _SETTABLE]
 
 
 def plan_discard_sigchld() -> list[Call]:
