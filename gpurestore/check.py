@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpurestore import namespaces
+from gpurestore import capabilities
 from gpurestore.syscalls import NR
 
 _PAGE = 4096
 _PTRACE_SEIZE, _PTRACE_DETACH = 0x4206, 17
-_CAPABILITIES = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_CHECKPOINT_RESTORE": 40}
 # linux/userfaultfd.h and linux/fs.h
 _UFFD_USER_MODE_ONLY = 1
 _UFFDIO_API = 0xC018AA3F
@@ -136,7 +135,7 @@ def _yama() -> str | None:
         scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
     except FileNotFoundError:
         return None
-    if scope == 0 or (scope < 3 and _holds("CAP_SYS_PTRACE")):
+    if scope == 0 or (scope < 3 and capabilities.holds("SYS_PTRACE")):
         return None
     return f"kernel.yama.ptrace_scope is {scope}"
 
@@ -230,17 +229,13 @@ def _freezer() -> str | None:
 
 def _locked_memory() -> str | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= 64 << 10 or _holds("CAP_SYS_RESOURCE"):
+    if soft == resource.RLIM_INFINITY or soft >= 64 << 10 or capabilities.holds("SYS_RESOURCE"):
         return None
     return f"RLIMIT_MEMLOCK is {soft} bytes"
 
 
-def _holds(capability: str) -> bool:
-    return bool(namespaces.effective_capabilities() >> _CAPABILITIES[capability] & 1)
-
-
 def _capability(name: str) -> Callable[[], str | None]:
-    return lambda: None if _holds(name) else "we do not hold it"
+    return lambda: None if capabilities.holds(name) else "we do not hold it"
 
 
 def _user_namespace() -> str | None:
@@ -292,12 +287,12 @@ CHECKS = (
         required=False,
     ),
     Check("clone3 set_tid", _choose_pid, "giving restored tasks their old pids", _AS_ROOT),
-    Check("CAP_CHECKPOINT_RESTORE", _capability("CAP_CHECKPOINT_RESTORE"), "choosing pids, exe links", _AS_ROOT, False),
-    Check("CAP_SYS_ADMIN", _capability("CAP_SYS_ADMIN"), "covers the above", _AS_ROOT, False),
-    Check("CAP_SYS_PTRACE", _capability("CAP_SYS_PTRACE"), "dumping the trees of other users", _AS_ROOT, False),
+    Check("CAP_CHECKPOINT_RESTORE", _capability("CHECKPOINT_RESTORE"), "choosing pids, exe links", _AS_ROOT, False),
+    Check("CAP_SYS_ADMIN", _capability("SYS_ADMIN"), "covers the above", _AS_ROOT, False),
+    Check("CAP_SYS_PTRACE", _capability("SYS_PTRACE"), "dumping the trees of other users", _AS_ROOT, False),
     Check(
         "CAP_SYS_RESOURCE",
-        _capability("CAP_SYS_RESOURCE"),
+        _capability("SYS_RESOURCE"),
         "raising hard limits, lowering oom_score_adj",
         "not needed as long as the tree has no limit above ours; as root: outside of a restricted container",
         required=False,

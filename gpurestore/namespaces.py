@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from gpurestore import capabilities
 from gpurestore.errors import GpurestoreError, PrivilegeError
 
 _CLONE_NEWNS = 0x00020000
@@ -32,8 +33,6 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
 _NR_CAPGET, _NR_CAPSET = 125, 126
 _CAP_VERSION_3 = 0x20080522
 
-CAP_SYS_ADMIN = 21
-CAP_CHECKPOINT_RESTORE = 40
 
 # Sent by people, schedulers and shells. Those that stop and continue a job act on each process by themselves.
 _FORWARDED = (
@@ -50,8 +49,7 @@ _SI_KERNEL = 0x80
 
 def may_restore() -> bool:
     """Whether this process holds a capability with which a restore can give tasks their old pids."""
-    effective = effective_capabilities()
-    return bool(effective & (1 << CAP_SYS_ADMIN | 1 << CAP_CHECKPOINT_RESTORE))
+    return capabilities.holds("SYS_ADMIN", "CHECKPOINT_RESTORE")
 
 
 def require_restore_rights() -> None:
@@ -217,14 +215,6 @@ def _remedy() -> str:
             good = {"kernel.unprivileged_userns_clone": "1", "user.max_user_namespaces": "15000"}.get(name, "0")
             return f"{name} is {value}: as root, 'sysctl -w {name}={good}'"
     return "a container's seccomp or security policy forbids it: allow unshare(CLONE_NEWUSER) there"
-
-
-def effective_capabilities() -> int:
-    """The capabilities that count right now, one bit each."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
 
 
 def _prctl(option: int, *args: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpurestore.batch import Call, Data
+from gpurestore.capabilities import CAP, cap_names
 from gpurestore.errors import Finding, ImageError
 from gpurestore.syscalls import NR
 from gpurestore.tasks.calls import Answers, Questions, prctl
@@ -27,21 +28,6 @@ PR_CAP_AMBIENT, _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 47, 2, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _KEEP_CAPS_BIT = 4
 _U32 = (1 << 32) - 1
-
-_NAMES = """
-    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE
-    NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN
-    SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE
-    MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE
-"""
-CAPABILITIES = tuple(_NAMES.split())
-CAP = {name: number for number, name in enumerate(CAPABILITIES)}
-
-
-def cap_names(mask: int) -> str:
-    """A capability set in words, for messages."""
-    names = [CAPABILITIES[i] if i < len(CAPABILITIES) else str(i) for i in range(64) if mask >> i & 1]
-    return ", ".join(f"CAP_{n}" for n in names)
 
 
 class Credentials(NamedTuple):

@@ -18,8 +18,6 @@ from gpurestore.images import pb
 F_GETOWN_EX = 16
 F_SETOWN_EX = 15
 F_GETOWNER_UIDS = 17
-F_SETSIG = 10
-F_GETSIG = 11
 O_TMPFILE_BIT = 0o20000000  # __O_TMPFILE; O_TMPFILE is this and O_DIRECTORY
 
 _DELETED = " (deleted)"
@@ -119,7 +117,7 @@ def read_owner(fd: int, flags: int) -> pb.fown_entry:
     fown = pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
     if flags & os.O_PATH:
         return fown
-    fown.signum = fcntl.fcntl(fd, F_GETSIG)
+    fown.signum = fcntl.fcntl(fd, fcntl.F_GETSIG)
     kind, pid = struct.unpack("=ii", fcntl.fcntl(fd, F_GETOWN_EX, bytes(8)))
     if pid:
         fown.pid_type, fown.pid = kind, pid

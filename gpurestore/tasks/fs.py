@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from gpurestore import capabilities
 from gpurestore.batch import Call, Data
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
@@ -51,9 +52,7 @@ def check_root(where: str, path: str) -> list[Finding]:
     """Whether we may chroot to ``path`` if it is another root than ours."""
     if is_our_root_path(path):
         return []
-    with open("/proc/thread-self/status", encoding="utf-8", errors="replace") as file:
-        effective = int(file.read().split("CapEff:")[1].split()[0], 16)
-    if effective >> 18 & 1:  # CAP_SYS_CHROOT
+    if capabilities.holds("SYS_CHROOT"):
         return []
     return [Finding(where, f"root directory {path}", "changing the root needs CAP_SYS_CHROOT")]
 

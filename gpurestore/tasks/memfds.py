@@ -17,7 +17,6 @@ from gpurestore.images import pb
 from gpurestore.tasks import fdinfo
 from gpurestore.tasks.fdinfo import OpenFile
 
-F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 F_SEAL_SEAL, F_SEAL_FUTURE_WRITE = 0x1, 0x10
 _KNOWN_SEALS = 0x3F
 _PREFIX = "/memfd:"
@@ -87,7 +86,7 @@ class MemfdDump:
 def _seals(fd: int) -> int:
     own = fdinfo.reopen(fd, os.O_RDONLY)  # an O_PATH handle of a mapping takes no fcntl
     try:
-        return fcntl.fcntl(own, F_GET_SEALS)
+        return fcntl.fcntl(own, fcntl.F_GET_SEALS)
     finally:
         os.close(own)
 
@@ -168,11 +167,11 @@ class MemfdStage:
                 self._seal(handle, entry, entry.seals)
 
     def _seal(self, handle: int, entry: pb.memfd_inode_entry, seals: int) -> None:
-        missing = seals & ~fcntl.fcntl(handle, F_GET_SEALS)
+        missing = seals & ~fcntl.fcntl(handle, fcntl.F_GET_SEALS)
         if not missing:
             return
         try:
-            fcntl.fcntl(handle, F_ADD_SEALS, missing)
+            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, missing)
         except OSError as error:
             raise GpurestoreError(f"cannot seal memfd {entry.name} again: {os.strerror(error.errno or 0)}") from error
 

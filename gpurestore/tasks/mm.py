@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from gpurestore import capabilities
 from gpurestore.batch import Call, CallResult, Data, Out, Ref
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
@@ -31,7 +32,6 @@ _MLOCK_ONFAULT = 1
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _MS_INVALIDATE = 2
 _NO_FD = 0xFFFFFFFF
-_CAP_IPC_LOCK = 14
 _STAGED_PROT = maps.PROT_READ | maps.PROT_WRITE
 _NAMED = "[anon:"
 _KINDS = vmaflags.ANON_PRIVATE | vmaflags.ANON_SHARED | vmaflags.FILE_PRIVATE | vmaflags.FILE_SHARED
@@ -277,8 +277,7 @@ def _may_lock() -> bool:
     """Whether we have CAP_IPC_LOCK where it counts for mlock: in the first user namespace."""
     if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
         return False
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
-    return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
+    return capabilities.holds("IPC_LOCK")
 
 
 def fixed_ranges(mm: pb.mm_entry) -> list[tuple[int, int]]:

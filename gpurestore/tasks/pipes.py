@@ -19,6 +19,7 @@ import termios
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gpurestore import capabilities
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
 from gpurestore.tasks import fdinfo
@@ -26,7 +27,6 @@ from gpurestore.tasks.fdinfo import OpenFile
 from gpurestore.tasks.filefacts import PipeOwner
 from gpurestore.tasks.rawcalls import tee
 
-F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 PIPE_MAX_BYTES = 1 << 31  # of the kernel, whatever pipe-max-size says
 _SETFL_FLAGS = os.O_NONBLOCK | os.O_APPEND | os.O_DIRECT
 _LARGEFILE = 0o100000  # open(2) sets it, pipe(2) does not
@@ -164,7 +164,7 @@ def _holder(pipe: _Pipe) -> str:
 
 
 def _capacity(pipe: _Pipe) -> int:
-    return fcntl.fcntl(pipe.read_fd if pipe.read_fd >= 0 else pipe.write_fd, F_GETPIPE_SZ)
+    return fcntl.fcntl(pipe.read_fd if pipe.read_fd >= 0 else pipe.write_fd, fcntl.F_GETPIPE_SZ)
 
 
 def _our_capacity_limit() -> int:
@@ -173,10 +173,7 @@ def _our_capacity_limit() -> int:
 
 
 def _may_exceed() -> bool:
-    """CAP_SYS_RESOURCE (24) allows more than the limit."""
-    with open("/proc/thread-self/status", encoding="utf-8", errors="replace") as file:
-        text = file.read()
-    return bool(int(text.split("CapEff:")[1].split()[0], 16) >> 24 & 1)
+    return capabilities.holds("SYS_RESOURCE")
 
 
 def _pending_bytes(fd: int) -> int:
@@ -194,7 +191,7 @@ def _read(pipe: _Pipe) -> PipeData:
     source = held if pipe.read_fd >= 0 else fdinfo.reopen(held, os.O_RDONLY | os.O_NONBLOCK)
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        fcntl.fcntl(writer, F_SETPIPE_SZ, data.capacity or 0)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, data.capacity or 0)
         tee(source, writer, PIPE_MAX_BYTES - 1)
         os.close(writer)
         writer = -1
@@ -286,9 +283,9 @@ def fill(fd: int, data: PipeData | None) -> None:
     if data is None:
         return
     total = sum(map(len, data.chunks))
-    if data.capacity is not None and fcntl.fcntl(fd, F_GETPIPE_SZ) != data.capacity:
+    if data.capacity is not None and fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) != data.capacity:
         _resize(fd, data.capacity)
-    if total > fcntl.fcntl(fd, F_GETPIPE_SZ):
+    if total > fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ):
         _resize(fd, total)
     if data.packets:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
@@ -301,7 +298,7 @@ def fill(fd: int, data: PipeData | None) -> None:
 
 def _resize(fd: int, capacity: int) -> None:
     try:
-        fcntl.fcntl(fd, F_SETPIPE_SZ, capacity)
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, capacity)
     except OSError as error:
         limit = "; raise fs.pipe-max-size" if error.errno == errno.EPERM else ""
         raise GpurestoreError(

@@ -10,8 +10,9 @@ import fcntl
 import os
 from typing import NamedTuple
 
+from gpurestore.capabilities import CAP
 from gpurestore.tasks import cpu, procfs
-from gpurestore.tasks.credentials import CAP, Credentials, from_status
+from gpurestore.tasks.credentials import Credentials, from_status
 from gpurestore.tasks.scheduling import Rights
 
 _NS_GET_USERNS = 0xB701

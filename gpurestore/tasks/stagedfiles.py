@@ -392,7 +392,7 @@ def _plan_owner(fd: int, owner: pb.fown_entry | None, pids: Container[int]) -> l
         return []
     calls = []
     if owner.signum:
-        calls.append(Call(NR.FCNTL, (fd, fdinfo.F_SETSIG, owner.signum), f"signal of descriptor {fd}"))
+        calls.append(Call(NR.FCNTL, (fd, fcntl.F_SETSIG, owner.signum), f"signal of descriptor {fd}"))
     if owner.pid and (owner.pid in pids or os.path.exists(f"/proc/{owner.pid}")):
         what = f"owner of descriptor {fd}"
         own = (os.getuid(), os.geteuid())

@@ -64,7 +64,7 @@ def dump(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 @pytest.fixture
 def restore(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    monkeypatch.setattr("gpurestore.namespaces.effective_capabilities", lambda: (1 << 64) - 1)
+    monkeypatch.setattr("gpurestore.capabilities.effective", lambda: (1 << 64) - 1)
     return FakePipeline("restore", monkeypatch)
 
 
@@ -137,7 +137,7 @@ def previewed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, dict[str, Any
 def test_restore_without_the_right_says_which_and_how_to_get_it(
     restore: FakePipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gpurestore.namespaces.effective_capabilities", lambda: 0)
+    monkeypatch.setattr("gpurestore.capabilities.effective", lambda: 0)
     assert main(["restore", "-D", "dir", "-d"]) == 1
     assert "needs CAP_CHECKPOINT_RESTORE" in capsys.readouterr().err
     assert restore.calls == []

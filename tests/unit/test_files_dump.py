@@ -103,7 +103,7 @@ def test_position_flags_and_close_on_exec_are_recorded(fork, tmp_path: Path) -> 
 
 def test_a_pipe_inside_the_tree_is_carried_with_its_data_unconsumed(fork) -> None:
     reader, writer_end = os.pipe()
-    fcntl.fcntl(writer_end, 1031, 1 << 16)
+    fcntl.fcntl(writer_end, fcntl.F_SETPIPE_SZ, 1 << 16)
     os.write(writer_end, b"in flight")
     child = fork({reader, writer_end})
     table, (entries,), findings = dump([child])
@@ -188,7 +188,7 @@ def test_a_file_linked_to_its_final_name_is_found_there(fork, tmp_path: Path) ->
 def test_memfds_are_recorded_by_inode(fork) -> None:
     fd = os.memfd_create("scratch", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, 8192)
-    fcntl.fcntl(fd, 1033, 0x2)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     table, _, findings = dump([fork({fd, again})])
     writer = written(table)

@@ -25,7 +25,7 @@ from gpurestore.images import pb
 from gpurestore.images.container import encode_image
 from gpurestore.images.magic import KINDS
 from gpurestore.syscalls import NR
-from gpurestore.tasks import filelocks, fs, regfiles
+from gpurestore.tasks import fdinfo, filelocks, fs, regfiles
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
 from gpurestore.tasks.stagedfiles import StagedFiles
 
@@ -95,7 +95,7 @@ def test_an_unlinked_file_comes_back_shared_and_nameless(life: FileLife, tmp_pat
 
 def test_pipes_come_back_with_data_size_and_ends(life: FileLife) -> None:
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, 1 << 18)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 18)
     os.write(writer, b"x" * 100_000)
     os.set_blocking(reader, False)
     folder = life.dump({reader, writer})
@@ -103,7 +103,7 @@ def test_pipes_come_back_with_data_size_and_ends(life: FileLife) -> None:
     os.close(writer)
     staged = life.stage(folder)
     now = table_of(staged)
-    assert fcntl.fcntl(now[reader], 1032) == 1 << 18
+    assert fcntl.fcntl(now[reader], fcntl.F_GETPIPE_SZ) == 1 << 18
     assert flags_of(now[reader]) == os.O_NONBLOCK
     assert flags_of(now[writer]) == os.O_WRONLY
     assert os.read(now[reader], 1 << 20) == b"x" * 100_000
@@ -197,7 +197,7 @@ def test_memfds_come_back_with_content_and_seals(life: FileLife) -> None:
     os.lseek(fd, 7, os.SEEK_SET)
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     future_write = 0x10
-    fcntl.fcntl(fd, 1033, 0x2 | 0x4 | future_write)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | future_write)
     folder = life.dump({fd, again})
     staged = life.stage(folder)
     now = table_of(staged)
@@ -207,7 +207,7 @@ def test_memfds_come_back_with_content_and_seals(life: FileLife) -> None:
     with mmap.mmap(now[fd], 1 << 20) as mapped:
         staged.seal()
         mapped[0:1] = b"!"
-    assert fcntl.fcntl(now[again], 1034) == fcntl.fcntl(fd, 1034)
+    assert fcntl.fcntl(now[again], fcntl.F_GET_SEALS) == fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     with pytest.raises(PermissionError):
         os.pwrite(now[fd], b"x", 0)
     os.close(fd)
@@ -350,14 +350,15 @@ def test_nothing_is_created_or_cut_by_opening() -> None:
 
 def test_posix_locks_and_signal_owners_are_left_to_the_task(life: FileLife, tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
-    fcntl.fcntl(fd, 10, 12)
-    fcntl.fcntl(fd, 15, struct.pack("=ii", 1, os.getpid()))
+    fcntl.fcntl(fd, fcntl.F_SETSIG, 12)
+    fcntl.fcntl(fd, fdinfo.F_SETOWN_EX, struct.pack("=ii", 1, os.getpid()))
     folder = life.dump({fd})
     os.close(fd)
     staged = life.stage(folder)
     (pid,) = staged.uses.tables
     calls = staged.plan_late(pid)
-    assert [(call.nr, call.args[:2]) for call in calls] == [(NR.FCNTL, (fd, 10)), (NR.FCNTL, (fd, 15))]
+    assert [call.nr for call in calls] == [NR.FCNTL] * 2
+    assert [call.args[:2] for call in calls] == [(fd, fcntl.F_SETSIG), (fd, fdinfo.F_SETOWN_EX)]
     assert calls[1].args[2] == Data(struct.pack("=ii", 1, os.getpid()))
 
     lock = pb.file_lock_entry(flag=filelocks.FL_POSIX, type=1, pid=7, fd=3, start=10, len=5)

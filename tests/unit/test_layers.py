@@ -16,7 +16,7 @@ LAYERS = (
     {"devplugins", "tasks"},
     {"images"},
     {"core", "faults"},
-    {"batch", "errors", "syscalls", "units", "_core"},
+    {"batch", "capabilities", "errors", "syscalls", "units", "_core"},
 )
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpurestore import namespaces
+from gpurestore import capabilities, namespaces
+from gpurestore.capabilities import CAP
 from gpurestore.errors import PrivilegeError
 
 # Becomes an ordinary user for good, then runs the module's main: what a shell of such a user would do.
@@ -66,8 +67,8 @@ def test_inside_the_user_keeps_its_number_and_has_all_capabilities_after_exec() 
     uid, effective, ambient, pid, *processes = done.stdout.splitlines()
     assert uid == str(os.geteuid() or 65534)
     mask = int(effective.split()[1], 16)
-    assert mask >> namespaces.CAP_CHECKPOINT_RESTORE & 1
-    assert mask >> namespaces.CAP_SYS_ADMIN & 1
+    assert mask >> CAP["CHECKPOINT_RESTORE"] & 1
+    assert mask >> CAP["SYS_ADMIN"] & 1
     assert ambient.split()[1] == effective.split()[1]
     assert pid == "pid 2"
     assert processes == ["/proc/1", "/proc/2"]  # init and the shell, which looked before it started ls
@@ -140,10 +141,10 @@ def test_everything_ends_when_the_outermost_process_is_killed() -> None:
 
 
 def test_the_error_of_an_ordinary_user_names_the_right_and_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespaces, "effective_capabilities", lambda: 0)
+    monkeypatch.setattr(capabilities, "effective", lambda: 0)
     with pytest.raises(PrivilegeError, match=r"CAP_CHECKPOINT_RESTORE.*python -m gpurestore\.namespaces"):
         namespaces.require_restore_rights()
-    monkeypatch.setattr(namespaces, "effective_capabilities", lambda: 1 << namespaces.CAP_CHECKPOINT_RESTORE)
+    monkeypatch.setattr(capabilities, "effective", lambda: 1 << CAP["CHECKPOINT_RESTORE"])
     namespaces.require_restore_rights()
 
 

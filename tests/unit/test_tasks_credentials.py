@@ -7,9 +7,10 @@ import os
 import pytest
 from support.selfcalls import execute, in_child
 
+from gpurestore.capabilities import CAP
 from gpurestore.images import pb
 from gpurestore.tasks import credentials, procfs
-from gpurestore.tasks.credentials import CAP, Credentials
+from gpurestore.tasks.credentials import Credentials
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become others: run the tests as root")
 

@@ -17,7 +17,6 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
-F_SETSIG, F_GETSIG, F_ADD_SEALS, F_GET_SEALS = 10, 11, 1033, 1034
 SEALS = 0x1 | 0x2 | 0x4 | 0x10  # seal, shrink, grow, future write
 
 
@@ -53,7 +52,7 @@ class Held:
         os.mkfifo(FOLDER / "fifo")
         self.owned = os.open(FOLDER / "fifo", os.O_RDWR)
         fcntl.fcntl(self.owned, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(self.owned, F_SETSIG, signal.SIGUSR2)
+        fcntl.fcntl(self.owned, fcntl.F_SETSIG, signal.SIGUSR2)
         self.semaphore, self.event, self.queue = Semaphore(3), Event(), SimpleQueue()
         self.semaphore.acquire()
         self.queue.put({"in": "flight"})
@@ -68,7 +67,7 @@ class Held:
         os.ftruncate(self.sealed, 4096)
         self.memory = mmap.mmap(self.sealed, 4096)
         self.memory[:5] = b"hello"
-        fcntl.fcntl(self.sealed, F_ADD_SEALS, SEALS)
+        fcntl.fcntl(self.sealed, fcntl.F_ADD_SEALS, SEALS)
         self.nameless = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR)
         os.write(self.nameless, b"nameless")
         os.chdir(FOLDER)
@@ -84,7 +83,7 @@ class Held:
         expect("flock", in_a_fork(lambda: is_refused(lock_whole)))
         expect("record lock", in_a_fork(lambda: is_refused(lock_record)))
         expect("owner", fcntl.fcntl(self.owned, fcntl.F_GETOWN) == os.getpid())
-        expect("signal", fcntl.fcntl(self.owned, F_GETSIG) == signal.SIGUSR2)
+        expect("signal", fcntl.fcntl(self.owned, fcntl.F_GETSIG) == signal.SIGUSR2)
         expect("semaphore", self.semaphore.get_value() == 2)
         self.semaphore.acquire()
         expect("shared memory", bytes(self.shared.buf[5000:5004]) == b"abcd")
@@ -93,7 +92,7 @@ class Held:
         expect("packets", [os.read(self.reader, 9), os.read(self.reader, 9)] == [b"one", b"three"])
         os.lseek(self.position, 7, os.SEEK_SET)
         self.memory[:5] = b"HELLO"
-        expect("seals", fcntl.fcntl(self.sealed, F_GET_SEALS) == SEALS)
+        expect("seals", fcntl.fcntl(self.sealed, fcntl.F_GET_SEALS) == SEALS)
         expect("future writes", is_refused(lambda: mmap.mmap(self.sealed, 4096)))
         os.link(f"/proc/self/fd/{self.nameless}", "named", src_dir_fd=os.open("/", os.O_PATH))
         expect("nameless file", Path("named").read_bytes() == b"nameless")
