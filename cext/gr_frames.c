@@ -4,17 +4,11 @@
 
 #include "gr_frames.h"
 #include "gr_internal.h"
+#include "gr_pagemap_entry.h"
 
-#define PAGE_BYTES 4096UL
 #define ENTRIES 65536UL
 /* Runs that are closer than this are read with the hole between them: 4 KiB of entries cost less than a system call. */
 #define JOIN_PAGES 512UL
-
-/* Documentation/admin-guide/mm/pagemap.rst; where the page is swapped out, the frame number is its place in swap. */
-#define PM_FRAME ((1UL << 55) - 1)
-#define PM_FILE (1UL << 61)
-#define PM_SWAP (1UL << 62)
-#define PM_PRESENT (1UL << 63)
 
 struct task_map {
 	int fd, pid;
@@ -42,7 +36,8 @@ static int read_map(const struct task_map *map, uint64_t start, uint64_t nr, str
 	uint64_t done = 0;
 
 	while (done < nr) {
-		ssize_t got = pread(map->fd, map->entries + done, (nr - done) * 8, (off_t)((start / PAGE_BYTES + done) * 8));
+		off_t offset = (off_t)((start / GR_PAGE_BYTES + done) * 8);
+		ssize_t got = pread(map->fd, map->entries + done, (nr - done) * 8, offset);
 
 		if (got < 0 && errno == EINTR)
 			continue;
@@ -61,7 +56,7 @@ int gr_frames_visible(struct gr_error *err)
 
 	/* The stack, on which we stand, is surely there. */
 	if (ret == 0) {
-		ret = read_map(&own, (uint64_t)&entry & ~(PAGE_BYTES - 1), 1, err);
+		ret = read_map(&own, (uint64_t)&entry & ~(GR_PAGE_BYTES - 1), 1, err);
 		close(own.fd);
 	}
 	return ret < 0 ? ret : (entry & PM_FRAME) != 0;
@@ -79,8 +74,8 @@ static int is_common(uint64_t a, uint64_t b)
 static int compare(const struct comparison *job, uint64_t start, uint64_t end, uint64_t base, uint64_t nr,
 		   struct gr_error *err)
 {
-	uint64_t low = start > base ? (start - base) / PAGE_BYTES : 0;
-	uint64_t high = (end - base) / PAGE_BYTES < nr ? (end - base) / PAGE_BYTES : nr;
+	uint64_t low = start > base ? (start - base) / GR_PAGE_BYTES : 0;
+	uint64_t high = (end - base) / GR_PAGE_BYTES < nr ? (end - base) / GR_PAGE_BYTES : nr;
 	const uint64_t *a = job->maps[0].entries, *b = job->maps[1].entries;
 	int ret = 0;
 
@@ -90,7 +85,8 @@ static int compare(const struct comparison *job, uint64_t start, uint64_t end, u
 		while (i < high && is_common(a[i], b[i]))
 			i++;
 		if (i > first)
-			ret = gr_page_runs_add(job->out, start, base + first * PAGE_BYTES, base + i * PAGE_BYTES, err);
+			ret = gr_page_runs_add(job->out, start, base + first * GR_PAGE_BYTES, base + i * GR_PAGE_BYTES,
+					       err);
 	}
 	return ret;
 }
@@ -98,12 +94,12 @@ static int compare(const struct comparison *job, uint64_t start, uint64_t end, u
 /* From page `start` of run `i` on: as many entries as fit, and runs that follow closely. */
 static uint64_t window_pages(const struct gr_runs_view *runs, uint64_t i, uint64_t start)
 {
-	uint64_t end = runs->vaddrs[i] + runs->nr_pages[i] * PAGE_BYTES;
+	uint64_t end = runs->vaddrs[i] + runs->nr_pages[i] * GR_PAGE_BYTES;
 
-	while (++i < runs->nr_runs && runs->vaddrs[i] - end <= JOIN_PAGES * PAGE_BYTES &&
-	       end - start < ENTRIES * PAGE_BYTES)
-		end = runs->vaddrs[i] + runs->nr_pages[i] * PAGE_BYTES;
-	return (end - start) / PAGE_BYTES < ENTRIES ? (end - start) / PAGE_BYTES : ENTRIES;
+	while (++i < runs->nr_runs && runs->vaddrs[i] - end <= JOIN_PAGES * GR_PAGE_BYTES &&
+	       end - start < ENTRIES * GR_PAGE_BYTES)
+		end = runs->vaddrs[i] + runs->nr_pages[i] * GR_PAGE_BYTES;
+	return (end - start) / GR_PAGE_BYTES < ENTRIES ? (end - start) / GR_PAGE_BYTES : ENTRIES;
 }
 
 static int compare_all(const struct comparison *job, struct gr_error *err)
@@ -113,10 +109,10 @@ static int compare_all(const struct comparison *job, struct gr_error *err)
 	int ret = 0;
 
 	for (uint64_t i = 0; i < runs->nr_runs; i++) {
-		uint64_t at = runs->vaddrs[i], end = at + runs->nr_pages[i] * PAGE_BYTES;
+		uint64_t at = runs->vaddrs[i], end = at + runs->nr_pages[i] * GR_PAGE_BYTES;
 
 		while (at < end) {
-			if (at >= base + nr * PAGE_BYTES) {
+			if (at >= base + nr * GR_PAGE_BYTES) {
 				if (job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED))
 					return gr_fail(err, ECANCELED, "comparing the pages of task %d",
 						       job->maps[0].pid);
@@ -130,7 +126,7 @@ static int compare_all(const struct comparison *job, struct gr_error *err)
 				ret = compare(job, at, end, base, nr, err);
 			if (ret < 0)
 				return ret;
-			at = base + nr * PAGE_BYTES < end ? base + nr * PAGE_BYTES : end;
+			at = base + nr * GR_PAGE_BYTES < end ? base + nr * GR_PAGE_BYTES : end;
 		}
 	}
 	return 0;

@@ -8,6 +8,8 @@
 
 #include "gr_error.h"
 
+#define GR_PAGE_BYTES 4096UL
+
 /* Fill `err` with what was being done and return -code; `return gr_fail(err, errno, "reading %s", path)`. */
 __attribute__((format(printf, 3, 4))) static inline int gr_fail(struct gr_error *err, int code, const char *fmt, ...)
 {

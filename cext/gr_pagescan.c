@@ -5,9 +5,9 @@
 #include <sys/mman.h>
 
 #include "gr_internal.h"
+#include "gr_pagemap_entry.h"
 #include "gr_pagescan.h"
 
-#define PAGE_BYTES 4096UL
 /*
  * As many as the kernel gathers before it copies them out. Given room for more, it may say (Linux 6.18) that it stopped
  * where it did so first, although it went on to the end: pages behind that would be found twice.
@@ -32,13 +32,6 @@ struct pm_scan_arg {
 #define IS_PFNZERO (1UL << 5)
 #define IS_HUGE (1UL << 6)
 #define IS_GUARD (1UL << 8)
-
-/* Documentation/admin-guide/mm/pagemap.rst */
-#define PM_PFN ((1UL << 55) - 1)
-#define PM_GUARD (1UL << 58)
-#define PM_FILE (1UL << 61)
-#define PM_SWAP (1UL << 62)
-#define PM_PRESENT (1UL << 63)
 
 struct scan {
 	int fd;
@@ -84,7 +77,7 @@ static int probe_ioctl(int fd, int what, int with_guards)
 {
 	struct page_region region;
 	struct pm_scan_arg arg = { .size = sizeof(arg), .vec = (uint64_t)&region, .vec_len = 1,
-				   .start = PAGE_BYTES, .end = PAGE_BYTES };
+				   .start = GR_PAGE_BYTES, .end = GR_PAGE_BYTES };
 
 	set_categories(&arg, what, with_guards);
 	return ioctl(fd, IOCTL_PAGEMAP_SCAN, &arg) >= 0;
@@ -125,7 +118,7 @@ static int is_wanted(const struct scan *scan, uint64_t entry)
 		return 0;
 	if (!(entry & (PM_PRESENT | PM_SWAP)) || (entry & (PM_FILE | PM_GUARD)))
 		return 0;
-	return !(entry & PM_PRESENT) || !scan->zero_pfn || (entry & PM_PFN) != scan->zero_pfn;
+	return !(entry & PM_PRESENT) || !scan->zero_pfn || (entry & PM_FRAME) != scan->zero_pfn;
 }
 
 static int scan_by_reading(struct scan *scan, uint64_t start, uint64_t end, struct gr_error *err)
@@ -133,14 +126,14 @@ static int scan_by_reading(struct scan *scan, uint64_t start, uint64_t end, stru
 	uint64_t *entries = scan->buffer;
 
 	while (start < end) {
-		uint64_t nr = (end - start) / PAGE_BYTES;
+		uint64_t nr = (end - start) / GR_PAGE_BYTES;
 		ssize_t got;
 
 		if (cancelled(scan))
 			return gr_fail(err, ECANCELED, "scanning the pages of task %d", scan->pid);
 		if (nr > ENTRIES)
 			nr = ENTRIES;
-		got = pread(scan->fd, entries, nr * 8, (off_t)(start / PAGE_BYTES * 8));
+		got = pread(scan->fd, entries, nr * 8, (off_t)(start / GR_PAGE_BYTES * 8));
 		if (got < 8)
 			return gr_fail(err, got < 0 ? errno : EIO, "reading /proc/%d/pagemap at %#lx", scan->pid,
 				       start);
@@ -149,11 +142,11 @@ static int scan_by_reading(struct scan *scan, uint64_t start, uint64_t end, stru
 			int ret = 0;
 
 			if (is_wanted(scan, entries[i]))
-				ret = add_run(scan, start + i * PAGE_BYTES, start + (i + 1) * PAGE_BYTES, err);
+				ret = add_run(scan, start + i * GR_PAGE_BYTES, start + (i + 1) * GR_PAGE_BYTES, err);
 			if (ret < 0)
 				return ret;
 		}
-		start += nr * PAGE_BYTES;
+		start += nr * GR_PAGE_BYTES;
 	}
 	return 0;
 }
@@ -163,15 +156,15 @@ static uint64_t find_zero_pfn(void)
 {
 	uint64_t entry = 0;
 	GR_CLOSE int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	volatile char *page = mmap(NULL, PAGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	volatile char *page = mmap(NULL, GR_PAGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (page == MAP_FAILED)
 		return 0;
 	(void)*page;
-	if (fd < 0 || pread(fd, &entry, 8, (off_t)((uint64_t)page / PAGE_BYTES * 8)) != 8)
+	if (fd < 0 || pread(fd, &entry, 8, (off_t)((uint64_t)page / GR_PAGE_BYTES * 8)) != 8)
 		entry = 0;
-	munmap((void *)page, PAGE_BYTES);
-	return entry & PM_PFN;
+	munmap((void *)page, GR_PAGE_BYTES);
+	return entry & PM_FRAME;
 }
 
 static int scan_ranges(struct scan *scan, const uint64_t *starts, const uint64_t *ends, uint32_t nr_ranges, int how,

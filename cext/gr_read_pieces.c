@@ -4,14 +4,10 @@
 #include <unistd.h>
 
 #include "gr_internal.h"
+#include "gr_pagemap_entry.h"
 #include "gr_read_pieces.h"
 
-#define PAGE_BYTES 4096UL
 #define WINDOW_PAGES 512UL
-
-/* Documentation/admin-guide/mm/pagemap.rst */
-#define PM_EXCLUSIVE (1UL << 56)
-#define PM_FILE (1UL << 61)
 
 static int open_of_task(int pid, const char *name, int *fd, struct gr_error *err)
 {
@@ -42,12 +38,12 @@ void gr_source_close(struct gr_opened_source *source)
 
 static uint64_t first_page(const struct iovec *piece)
 {
-	return (uint64_t)piece->iov_base / PAGE_BYTES;
+	return (uint64_t)piece->iov_base / GR_PAGE_BYTES;
 }
 
 static uint64_t end_page(const struct iovec *piece)
 {
-	return first_page(piece) + piece->iov_len / PAGE_BYTES;
+	return first_page(piece) + piece->iov_len / GR_PAGE_BYTES;
 }
 
 /* How many entries to read from `page` of the first piece on: with the pieces behind it that fit into a window. */
@@ -110,7 +106,7 @@ static int read_object(int fd, char *buffer, uint64_t bytes, uint64_t offset, st
 
 		if (n < 0 && errno == EINTR)
 			continue;
-		if (n == 0 && bytes < PAGE_BYTES) {
+		if (n == 0 && bytes < GR_PAGE_BYTES) {
 			memset(buffer, 0, bytes); /* the last page of an object whose size is no multiple of pages */
 			return 0;
 		}

@@ -11,7 +11,6 @@
 #include "gr_internal.h"
 #include "gr_region.h"
 
-#define PAGE_BYTES 4096UL
 /* How long a waiter sleeps between looks at `cancel` and at the thread's health. */
 #define WAIT_SLICE_NS 2000000L
 /* Most batches take a few microseconds: give the agent that long before sleeping on the futex. */
@@ -21,7 +20,7 @@ static uint64_t code_bytes(void)
 {
 	uint64_t bytes = (uint64_t)(gr_agent_blob_end - gr_agent_blob);
 
-	return (bytes + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1);
+	return (bytes + GR_PAGE_BYTES - 1) & ~(GR_PAGE_BYTES - 1);
 }
 
 static struct gr_slot *slot_at(const struct gr_region *region, uint32_t slot)

@@ -4,8 +4,6 @@
 #include "gr_internal.h"
 #include "gr_runs.h"
 
-#define PAGE_BYTES 4096UL
-
 static int grow(struct gr_page_runs *runs, struct gr_error *err)
 {
 	uint64_t capacity = runs->capacity ? runs->capacity * 2 : 256;
@@ -25,12 +23,12 @@ static int grow(struct gr_page_runs *runs, struct gr_error *err)
 
 int gr_page_runs_add(struct gr_page_runs *runs, uint64_t floor, uint64_t start, uint64_t end, struct gr_error *err)
 {
-	uint64_t pages = (end - start) / PAGE_BYTES;
+	uint64_t pages = (end - start) / GR_PAGE_BYTES;
 	uint64_t last = runs->nr_runs - 1;
 
 	runs->total_pages += pages;
 	if (runs->nr_runs && runs->vaddrs[last] >= floor &&
-	    runs->vaddrs[last] + runs->nr_pages[last] * PAGE_BYTES == start) {
+	    runs->vaddrs[last] + runs->nr_pages[last] * GR_PAGE_BYTES == start) {
 		runs->nr_pages[last] += pages;
 		return 0;
 	}
@@ -54,13 +52,13 @@ void gr_page_runs_destroy(struct gr_page_runs *runs)
 
 static uint64_t end_of(const struct gr_runs_view *runs, uint64_t i)
 {
-	return runs->vaddrs[i] + runs->nr_pages[i] * PAGE_BYTES;
+	return runs->vaddrs[i] + runs->nr_pages[i] * GR_PAGE_BYTES;
 }
 
 static int check(const struct gr_runs_view *runs, struct gr_error *err)
 {
 	for (uint64_t i = 0; i < runs->nr_runs; i++) {
-		if (!runs->nr_pages[i] || runs->nr_pages[i] > (UINT64_MAX - runs->vaddrs[i]) / PAGE_BYTES)
+		if (!runs->nr_pages[i] || runs->nr_pages[i] > (UINT64_MAX - runs->vaddrs[i]) / GR_PAGE_BYTES)
 			return gr_fail(err, EINVAL, "a run of %lu pages at %#lx", runs->nr_pages[i], runs->vaddrs[i]);
 		if (i && runs->vaddrs[i] < end_of(runs, i - 1))
 			return gr_fail(err, EINVAL, "runs of pages are out of order at %#lx", runs->vaddrs[i]);

@@ -4,7 +4,6 @@
 #include "gr_internal.h"
 #include "gr_scatter.h"
 
-#define PAGE_BYTES 4096UL
 #define MAX_VECTORS 512U /* of the 1024 that the kernel takes: both sides have as many, on the stack */
 
 /* A run of pages to be written: `bytes` at `offset` of the stream belong at `address`. */
@@ -53,7 +52,7 @@ int gr_scatter_create(const uint64_t *vaddrs, const uint64_t *nr_pages, uint64_t
 	if (!scatter)
 		return gr_fail(err, ENOMEM, "placing %lu runs of pages", nr_runs);
 	for (uint64_t i = 0; i < nr_runs && ret == 0; i++) {
-		uint64_t at = vaddrs[i], end = at + nr_pages[i] * PAGE_BYTES, base = offset - at;
+		uint64_t at = vaddrs[i], end = at + nr_pages[i] * GR_PAGE_BYTES, base = offset - at;
 
 		while (skip < nr_skips && skip_ends[skip] <= at)
 			skip++;
@@ -64,7 +63,7 @@ int gr_scatter_create(const uint64_t *vaddrs, const uint64_t *nr_pages, uint64_t
 		}
 		if (ret == 0 && at < end)
 			ret = add_piece(scatter, at, base + at, end - at, err);
-		offset += nr_pages[i] * PAGE_BYTES;
+		offset += nr_pages[i] * GR_PAGE_BYTES;
 	}
 	if (ret < 0)
 		gr_scatter_destroy(scatter);
