@@ -20,8 +20,8 @@ from pathlib import Path
 
 from gpurestore import capabilities
 from gpurestore.syscalls import NR
+from gpurestore.tasks.maps import PAGE_BYTES
 
-_PAGE = 4096
 _PTRACE_SEIZE, _PTRACE_DETACH = 0x4206, 17
 # linux/userfaultfd.h and linux/fs.h
 _UFFD_USER_MODE_ONLY = 1
@@ -189,9 +189,9 @@ def _pidfd_getfd() -> str | None:
 
 def _pagemap_scan() -> str | None:
     region = ctypes.create_string_buffer(64)
-    start = ctypes.addressof(region) & ~(_PAGE - 1)
+    start = ctypes.addressof(region) & ~(PAGE_BYTES - 1)
     # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages, 4 category masks
-    argument = bytearray(struct.pack("=12Q", 96, 0, start, start + _PAGE, 0, 0, 0, 0, 0, 0, 0, 0))
+    argument = bytearray(struct.pack("=12Q", 96, 0, start, start + PAGE_BYTES, 0, 0, 0, 0, 0, 0, 0, 0))
     with open("/proc/self/pagemap", "rb") as pagemap:
         fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
     return None

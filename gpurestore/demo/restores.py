@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpurestore import core
 from gpurestore.errors import GpurestoreError
 
 COMMAND = (sys.executable, "-m", "gpurestore")
 NR_ROUNDS = 3
-_PR_SET_CHILD_SUBREAPER = 36
 _GONE_S = 20.0
 
 
@@ -48,7 +47,7 @@ class Restored:
 
 def adopt_orphans() -> None:
     """Let processes whose parents were killed become ours, to be waited for: their pids are wanted again."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    core.set_subreaper(True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Dump: :func:`collect`. Restore, in this order: :func:`plan_process` ``early`` in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +120,7 @@ def _collect_thread(
     found += prctls.collect_thread(answers, procfs.stat(pid, tid), entry, facts, where)
     facts.personality = procfs.personality(pid, tid)
     label = procfs.security_label(pid, tid)
-    if label not in ("", "unconfined", "kernel") and label != procfs.security_label(procfs.own_pid()):
+    if label not in ("", "unconfined", "kernel") and label != procfs.security_label(os.getpid()):
         found.append(Finding(where, f"security label {label}", "it is not ours, and labels are not carried"))
     return found
 

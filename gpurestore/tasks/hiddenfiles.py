@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from gpurestore.errors import Finding, GpurestoreError
 from gpurestore.images import pb
+from gpurestore.tasks.maps import PAGE_BYTES
 
 if TYPE_CHECKING:
     from gpurestore.tasks.ghosts import GhostDump
     from gpurestore.tasks.maps import Vma
 
 _CHUNK_BYTES = 1 << 20
-_PAGE_BYTES = 4096
 
 
 class ReadableTask(Protocol):
@@ -103,9 +103,9 @@ def _copy_view(task: ReadableTask, vma: Vma, copy: int) -> None:
 
 def _copy_pages(task: ReadableTask, start: int, size: int, offset: int, copy: int) -> bool:
     """Page by page up to the end of the file, behind which a mapping cannot be read. Whether there was no end."""
-    for done in range(0, size, _PAGE_BYTES):
+    for done in range(0, size, PAGE_BYTES):
         try:
-            data = task.read_memory(start + done, _PAGE_BYTES)
+            data = task.read_memory(start + done, PAGE_BYTES)
         except GpurestoreError:
             if offset + done == 0:
                 raise

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from gpurestore import capabilities
 from gpurestore.errors import Finding, GpurestoreError, ImageError
 from gpurestore.images import pb
-from gpurestore.tasks import fdinfo
+from gpurestore.tasks import fdinfo, procfs
 from gpurestore.tasks.fdinfo import OpenFile
 from gpurestore.tasks.filefacts import PipeOwner
 from gpurestore.tasks.rawcalls import tee
@@ -148,7 +148,7 @@ def _poll(fd: int, events: int) -> int:
 def _holder(pipe: _Pipe) -> str:
     """Who outside holds it, for the message: " (pid 12, NAME)", or nothing when it cannot be seen."""
     mode = os.O_WRONLY if pipe.write_fd < 0 else os.O_RDONLY
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+    for pid in sorted(procfs.all_pids()):
         if pid == os.getpid():
             continue
         try:

@@ -298,21 +298,22 @@ def security_label(pid: int, tid: int | None = None) -> str:
         return ""
 
 
+def all_pids() -> Iterator[int]:
+    """Every process of our pid namespace, as far as we may know of it."""
+    return map(int, filter(str.isdigit, os.listdir("/proc")))
+
+
 def processes_named(numbers: Set[int]) -> Iterator[Stat]:
     """Every process that we can see whose pid, group or session is in ``numbers``; one that ends meanwhile is left out.
 
     Asks with system calls first: a file of /proc costs the kernel ten times as much, for every process of the machine.
     """
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    for pid in all_pids():
         try:
             if not numbers.isdisjoint((pid, os.getpgid(pid), os.getsid(pid))):
                 yield stat(pid)
         except (ProcessLookupError, PermissionError, NoSuchTaskError, PrivilegeError):
             continue
-
-
-def own_pid() -> int:
-    return os.getpid()
 
 
 def online_cpus() -> frozenset[int]:

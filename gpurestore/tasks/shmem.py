@@ -18,7 +18,7 @@ from gpurestore.core import Cancel, check, lib, new_error
 from gpurestore.errors import CancelledError, Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
-from gpurestore.tasks import mappings, maps, memory, vmaflags
+from gpurestore.tasks import mappings, maps, memory, procfs, vmaflags
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES, PAGE_BYTES
 from gpurestore.tasks.memory import (
     DEFAULT_WAYS,
@@ -91,17 +91,17 @@ def check_outsiders(found: Mapping[int, SharedObject], pids: Collection[int]) ->
     findings: list[Finding] = []
     if not found:
         return findings
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) in pids:
+    for pid in procfs.all_pids():
+        if pid in pids:
             continue
-        for shmid in _objects_of_process(name) & found.keys():
+        for shmid in _objects_of_process(pid) & found.keys():
             view = found[shmid].views[0]
             where = f"pid {view.pid}, mapping {view.address:x}-{view.address + view.size:x}"
-            findings.append(Finding(where, "shared memory", f"pid {name}, outside of the tree, shares it"))
+            findings.append(Finding(where, "shared memory", f"pid {pid}, outside of the tree, shares it"))
     return findings
 
 
-def _objects_of_process(pid: str) -> set[int]:
+def _objects_of_process(pid: int) -> set[int]:
     """Inodes of the shared anonymous memory that a process has mapped; none if we may not know."""
     try:
         text = Path(f"/proc/{pid}/maps").read_bytes()
