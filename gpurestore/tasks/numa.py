@@ -9,20 +9,25 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from gpurestore.batch import Call, Data, Out
+from gpurestore.batch import Call, CallResult, Data, Out
 from gpurestore.errors import Finding, ImageError
 from gpurestore.images import pb
 from gpurestore.syscalls import NR
 from gpurestore.tasks import jsonvalues, maps, procfs
 
-if TYPE_CHECKING:
-    from gpurestore.tasks.mm import Task
-
 MASK_WORDS = 16
 _MASK_BITS = MASK_WORDS * 64
 _MPOL_F_ADDR = 2
+
+
+class Task(Protocol):
+    """What this module needs of :class:`gpurestore.tasks.frozen.FrozenTask`."""
+
+    @property
+    def vmas(self) -> Sequence[maps.Vma]: ...
+    def ask(self, calls: Sequence[Call]) -> Sequence[CallResult]: ...
 
 
 def ask(address: int | None = None) -> Call:
