@@ -8,7 +8,6 @@
 #include "gr_internal.h"
 #include "gr_placing.h"
 
-#define PAGE_BYTES 4096UL
 /* linux/userfaultfd.h of Linux 5.11: such a descriptor needs no right, since it handles no fault of the kernel's. */
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
@@ -37,7 +36,7 @@ static int map_object(uint64_t mapped_at, uint64_t bytes, struct gr_placing *out
 {
 	void *object;
 
-	bytes = (bytes + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1);
+	bytes = (bytes + GR_PAGE_BYTES - 1) & ~(GR_PAGE_BYTES - 1);
 	/* An old size of 0 maps the same object once more. */
 	object = mremap((void *)mapped_at, 0, bytes, MREMAP_MAYMOVE);
 	if (object == MAP_FAILED)

@@ -33,6 +33,9 @@ int gr_pump_is_cold(const struct gr_pump_source *source, const struct gr_chunk *
 	       gr_cached_bytes(source->fd, chunk->file_offset, chunk->bytes) < chunk->bytes / 2;
 }
 
+/* For less than that the mappings and the userfaultfd cost more than they save. */
+#define PLACED_FROM_BYTES (128UL << 10)
+
 struct fill_job {
 	struct gr_pump_queue *queue;
 	const struct gr_pump_memory *memory;
@@ -150,7 +153,8 @@ int gr_pump_fill(struct gr_pump_queue *queue, const struct gr_pump_memory *memor
 	struct gr_placing placing;
 	int ret;
 
-	if (gr_placing_create(memory->base, memory->bytes, source->fd, &placing) == 0)
+	if (queue->total_bytes >= PLACED_FROM_BYTES &&
+	    gr_placing_create(memory->base, memory->bytes, source->fd, &placing) == 0)
 		job.placing = &placing;
 	if (nr_threads > queue->nr_chunks)
 		nr_threads = (uint32_t)queue->nr_chunks;
