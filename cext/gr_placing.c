@@ -64,7 +64,7 @@ int gr_placing_create(uint64_t mapped_at, uint64_t bytes, int fd, struct gr_plac
 	int ret;
 
 	*out = (struct gr_placing){ .uffd = -1 };
-	ret = map_file(fd, out);
+	ret = fd < 0 ? 0 : map_file(fd, out);
 	if (ret == 0)
 		ret = map_object(mapped_at, bytes, out);
 	if (ret == 0)
@@ -84,18 +84,19 @@ void gr_placing_destroy(struct gr_placing *placing)
 		close(placing->uffd);
 }
 
-int gr_placing_begin(const struct gr_placing *placing, uint64_t file_offset, uint64_t bytes)
+const void *gr_placing_open(const struct gr_placing *placing, uint64_t file_offset, uint64_t bytes)
 {
+	void *range = (void *)(placing->file + file_offset);
+
 	if (file_offset > placing->file_bytes || bytes > placing->file_bytes - file_offset)
-		return -EINVAL;
-	return madvise((void *)(placing->file + file_offset), bytes, MADV_POPULATE_READ) < 0 ? -errno : 0;
+		return NULL;
+	return madvise(range, bytes, MADV_POPULATE_READ) < 0 ? NULL : range;
 }
 
-int gr_placing_put(const struct gr_placing *placing, uint64_t offset, uint64_t file_offset, uint64_t bytes)
+int gr_placing_put(const struct gr_placing *placing, uint64_t offset, const void *from, uint64_t bytes)
 {
 	while (bytes) {
-		struct uffdio_copy copy = { .dst = placing->object + offset, .src = placing->file + file_offset,
-					    .len = bytes };
+		struct uffdio_copy copy = { .dst = placing->object + offset, .src = (uint64_t)from, .len = bytes };
 
 		if (ioctl(placing->uffd, UFFDIO_COPY, &copy) == 0)
 			return 0;
@@ -103,16 +104,18 @@ int gr_placing_put(const struct gr_placing *placing, uint64_t offset, uint64_t f
 		if (errno != EAGAIN || copy.copy <= 0)
 			return -errno;
 		offset += (uint64_t)copy.copy;
-		file_offset += (uint64_t)copy.copy;
+		from = (const char *)from + copy.copy;
 		bytes -= (uint64_t)copy.copy;
 	}
 	return 0;
 }
 
-void gr_placing_end(const struct gr_placing *placing, uint64_t start, uint64_t end, uint64_t file_offset,
-		    uint64_t bytes)
+void gr_placing_forget(const struct gr_placing *placing, uint64_t offset, uint64_t bytes)
 {
-	madvise((void *)(placing->object + start), end - start, MADV_DONTNEED);
-	if (file_offset <= placing->file_bytes && bytes <= placing->file_bytes - file_offset)
-		madvise((void *)(placing->file + file_offset), bytes, MADV_DONTNEED);
+	madvise((void *)(placing->object + offset), bytes, MADV_DONTNEED);
+}
+
+void gr_placing_close(const void *range, uint64_t bytes)
+{
+	madvise((void *)range, bytes, MADV_DONTNEED);
 }

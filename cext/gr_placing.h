@@ -3,11 +3,14 @@
 
 #include <stdint.h>
 
+/* For less content than that the mappings and the userfaultfd cost more than they save. */
+#define GR_PLACING_MIN_BYTES (128UL << 10)
+
 /*
- * Puts pages of a file in the page cache into an object of shared memory, straight from one to the other and without the
- * kernel clearing them first or taking a fault for each: by UFFDIO_COPY from a mapping of the file. The mapping of the
- * object that is registered for that is one of its own, which nobody else knows and nobody touches, since a fault there
- * would wait for an answer that nobody gives. All other mappings of the object are what they always were.
+ * Puts pages into an object of shared memory without the kernel clearing them first or taking a fault for each: by
+ * UFFDIO_COPY from a buffer, or straight from the page cache by way of a mapping of a file. The mapping of the object that
+ * is registered for that is one of its own, which nobody else knows and nobody touches, since a fault there would wait
+ * for an answer that nobody gives. All other mappings of the object are what they always were.
  *
  * A file that cannot be read is an error of the call, as everywhere: only the kernel reads through the mapping.
  */
@@ -18,21 +21,21 @@ struct gr_placing {
 };
 
 /*
- * For the object of `bytes` bytes that is mapped, shared and from its start, at `mapped_at`, and the file behind `fd`.
- * -errno where that cannot be had (a kernel without it, seccomp, private memory); nothing has changed then. A process
- * that is forked off meanwhile inherits the mappings, but not the registration.
+ * For the object of `bytes` bytes that is mapped, shared and from its start, at `mapped_at`, and the file behind `fd`
+ * (-1: none). -errno where that cannot be had (a kernel without it, seccomp, private memory); nothing has changed then.
+ * A process that is forked off meanwhile inherits the mappings, but not the registration.
  */
 int gr_placing_create(uint64_t mapped_at, uint64_t bytes, int fd, struct gr_placing *out);
 void gr_placing_destroy(struct gr_placing *placing);
 
-/*
- * The parts of one piece of work; any number of threads may be at theirs. gr_placing_begin makes a range of the file ready,
- * gr_placing_put puts whole pages of it in place, and gr_placing_end lets go of both ranges, while the caches know them
- * still. -errno where not all was put in place; -EEXIST: a page was there already.
- */
-int gr_placing_begin(const struct gr_placing *placing, uint64_t file_offset, uint64_t bytes);
-int gr_placing_put(const struct gr_placing *placing, uint64_t offset, uint64_t file_offset, uint64_t bytes);
-void gr_placing_end(const struct gr_placing *placing, uint64_t start, uint64_t end, uint64_t file_offset,
-		    uint64_t bytes);
+/* Make a range of the file ready to be read: where it lies; or NULL. Any number of threads may be at theirs. */
+const void *gr_placing_open(const struct gr_placing *placing, uint64_t file_offset, uint64_t bytes);
+
+/* Put whole pages at `offset` of the object. -errno where not all of it was put there; -EEXIST: a page was there already. */
+int gr_placing_put(const struct gr_placing *placing, uint64_t offset, const void *from, uint64_t bytes);
+
+/* Let go of what was put in place, in our mapping and not in the object, and of what was made ready: while caches know it. */
+void gr_placing_forget(const struct gr_placing *placing, uint64_t offset, uint64_t bytes);
+void gr_placing_close(const void *range, uint64_t bytes);
 
 #endif

@@ -33,9 +33,6 @@ int gr_pump_is_cold(const struct gr_pump_source *source, const struct gr_chunk *
 	       gr_cached_bytes(source->fd, chunk->file_offset, chunk->bytes) < chunk->bytes / 2;
 }
 
-/* For less than that the mappings and the userfaultfd cost more than they save. */
-#define PLACED_FROM_BYTES (128UL << 10)
-
 struct fill_job {
 	struct gr_pump_queue *queue;
 	const struct gr_pump_memory *memory;
@@ -94,18 +91,19 @@ static int is_for_placing(const struct fill_job *job, const struct gr_chunk *chu
 
 static int place_chunk(const struct fill_job *job, const struct gr_chunk *chunk)
 {
-	const struct iovec *vectors = &job->queue->iovecs[chunk->first];
-	uint64_t offset = chunk->file_offset;
-	int ret = gr_placing_begin(job->placing, offset, chunk->bytes);
+	const char *from = gr_placing_open(job->placing, chunk->file_offset, chunk->bytes), *at = from;
+	const struct iovec *vectors = &job->queue->iovecs[chunk->first], *last = &vectors[chunk->nr - 1];
+	uint64_t start = (uint64_t)vectors->iov_base, end = (uint64_t)last->iov_base + last->iov_len;
+	int ret = 0;
 
+	if (!from)
+		return -EFAULT;
 	for (uint32_t i = 0; ret == 0 && i < chunk->nr; i++) {
-		ret = gr_placing_put(job->placing, (uint64_t)vectors[i].iov_base, offset, vectors[i].iov_len);
-		offset += vectors[i].iov_len;
+		ret = gr_placing_put(job->placing, (uint64_t)vectors[i].iov_base, at, vectors[i].iov_len);
+		at += vectors[i].iov_len;
 	}
-	const struct iovec *last = &vectors[chunk->nr - 1];
-
-	gr_placing_end(job->placing, (uint64_t)vectors->iov_base, (uint64_t)last->iov_base + last->iov_len,
-		       chunk->file_offset, chunk->bytes);
+	gr_placing_forget(job->placing, start, end - start);
+	gr_placing_close(from, chunk->bytes);
 	return ret;
 }
 
@@ -153,7 +151,7 @@ int gr_pump_fill(struct gr_pump_queue *queue, const struct gr_pump_memory *memor
 	struct gr_placing placing;
 	int ret;
 
-	if (queue->total_bytes >= PLACED_FROM_BYTES &&
+	if (queue->total_bytes >= GR_PLACING_MIN_BYTES &&
 	    gr_placing_create(memory->base, memory->bytes, source->fd, &placing) == 0)
 		job.placing = &placing;
 	if (nr_threads > queue->nr_chunks)

@@ -2,6 +2,7 @@
 #include <sys/uio.h>
 
 #include "gr_internal.h"
+#include "gr_placing.h"
 #include "gr_scatter.h"
 
 #define MAX_VECTORS 512U /* of the 1024 that the kernel takes: both sides have as many, on the stack */
@@ -14,7 +15,9 @@ struct piece {
 struct gr_scatter {
 	struct piece *pieces;
 	uint64_t nr, max;
-	uint64_t done_bytes; /* atomic */
+	uint64_t done_bytes, placed_bytes; /* atomic */
+	struct gr_placing placing;
+	int has_placing;
 };
 
 /* Vectors for one call: what lies where in the buffer, and where it belongs. */
@@ -76,6 +79,7 @@ void gr_scatter_destroy(struct gr_scatter *scatter)
 {
 	if (!scatter)
 		return;
+	gr_scatter_end_object(scatter);
 	free(scatter->pieces);
 	free(scatter);
 }
@@ -83,6 +87,26 @@ void gr_scatter_destroy(struct gr_scatter *scatter)
 uint64_t gr_scatter_done_bytes(const struct gr_scatter *scatter)
 {
 	return __atomic_load_n(&scatter->done_bytes, __ATOMIC_RELAXED);
+}
+
+uint64_t gr_scatter_placed_bytes(const struct gr_scatter *scatter)
+{
+	return __atomic_load_n(&scatter->placed_bytes, __ATOMIC_RELAXED);
+}
+
+void gr_scatter_begin_object(struct gr_scatter *scatter, uint64_t base, uint64_t bytes)
+{
+	const struct piece *last = scatter->nr ? &scatter->pieces[scatter->nr - 1] : NULL;
+
+	scatter->has_placing = last && last->offset + last->bytes >= GR_PLACING_MIN_BYTES &&
+			       gr_placing_create(base, bytes, -1, &scatter->placing) == 0;
+}
+
+void gr_scatter_end_object(struct gr_scatter *scatter)
+{
+	if (scatter->has_placing)
+		gr_placing_destroy(&scatter->placing);
+	scatter->has_placing = 0;
 }
 
 /* The first piece that ends behind `offset`. */
@@ -126,10 +150,29 @@ static int write_task(int pid, struct vectors *vectors, struct gr_error *err)
 	return 0;
 }
 
-static int write_out(struct gr_scatter *scatter, int pid, struct vectors *vectors, struct gr_error *err)
+/* Put all of it into the object that is mapped at `base`. */
+static int place(struct gr_scatter *scatter, uint64_t base, const struct vectors *vectors)
 {
-	int ret = write_task(pid, vectors, err);
+	const struct iovec *last = &vectors->remote[vectors->nr - 1];
+	uint64_t start = (uint64_t)vectors->remote[0].iov_base - base;
+	int ret = 0;
 
+	for (unsigned int i = 0; ret == 0 && i < vectors->nr; i++)
+		ret = gr_placing_put(&scatter->placing, (uint64_t)vectors->remote[i].iov_base - base,
+				     vectors->local[i].iov_base, vectors->local[i].iov_len);
+	gr_placing_forget(&scatter->placing, start, (uint64_t)last->iov_base + last->iov_len - base - start);
+	if (ret == 0)
+		__atomic_fetch_add(&scatter->placed_bytes, vectors->bytes, __ATOMIC_RELAXED);
+	return ret;
+}
+
+/* Into our own memory it goes the same way as into a task's: what cannot be had is an error then, and not a SIGBUS. */
+static int write_out(struct gr_scatter *scatter, int pid, uint64_t base, struct vectors *vectors, struct gr_error *err)
+{
+	int ret = !pid && scatter->has_placing ? place(scatter, base, vectors) : -1;
+
+	if (ret < 0)
+		ret = write_task(pid ? pid : getpid(), vectors, err);
 	if (ret == 0)
 		__atomic_fetch_add(&scatter->done_bytes, vectors->bytes, __ATOMIC_RELAXED);
 	vectors->nr = 0;
@@ -143,8 +186,6 @@ int gr_scatter_put(struct gr_scatter *scatter, int pid, uint64_t base, uint64_t 
 	struct vectors vectors = { .nr = 0 };
 	int ret = 0;
 
-	if (!pid)
-		pid = getpid(); /* the same way: memory that cannot be had is an error then, and not a SIGBUS */
 	for (uint64_t i = find(scatter, offset); ret == 0 && i < scatter->nr; i++) {
 		const struct piece *piece = &scatter->pieces[i];
 		uint64_t begin = piece->offset > offset ? piece->offset : offset;
@@ -159,7 +200,7 @@ int gr_scatter_put(struct gr_scatter *scatter, int pid, uint64_t base, uint64_t 
 			(struct iovec){ (void *)(base + piece->address + (begin - piece->offset)), end - begin };
 		vectors.bytes += end - begin;
 		if (vectors.nr == MAX_VECTORS)
-			ret = write_out(scatter, pid, &vectors, err);
+			ret = write_out(scatter, pid, base, &vectors, err);
 	}
-	return ret == 0 && vectors.nr ? write_out(scatter, pid, &vectors, err) : ret;
+	return ret == 0 && vectors.nr ? write_out(scatter, pid, base, &vectors, err) : ret;
 }

@@ -153,10 +153,9 @@ class Filling:
             cancel=self._cancel,
         )
         span.set(bytes=await self._run(fill))
-        counts = [plan.counts for plan in plans]
         span.set(
-            placed_bytes=sum(each.placed_bytes for each in counts),
-            direct_bytes=sum(each.direct_bytes for each in counts),
+            placed_bytes=sum(plan.placed_bytes for plan in plans),
+            direct_bytes=sum(plan.counts.direct_bytes for plan in plans),
         )
 
 

@@ -14,7 +14,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.memory_child import PAGE, PROT_READ, MemoryChild, commit_images, fill, libc, map_memory, pattern
+from support.memory_child import (
+    MAP_ANONYMOUS,
+    MAP_SHARED,
+    PAGE,
+    PROT_READ,
+    PROT_RW,
+    MemoryChild,
+    commit_images,
+    fill,
+    libc,
+    map_memory,
+    pattern,
+)
 
 from gpurestore.core import Cancel
 from gpurestore.errors import CancelledError, CoreError, GpurestoreError, ImageError, TaskDiedError
@@ -197,6 +209,30 @@ def test_every_page_of_an_object_arrives_in_the_right_place(
     assert os.pread(copy, at, 0) == bytes(expected)
     os.close(source)
     os.close(copy)
+
+
+def test_pages_of_an_object_are_put_in_place_as_a_whole_unless_they_are_there_already(folder: Path) -> None:
+    nr = 1500
+    fd = os.memfd_create("object")
+    os.ftruncate(fd, nr * PAGE)
+    os.pwrite(fd, pattern(0, 1000), 0)
+    with ImageWriter(folder / "images") as writer:
+        writer.crew = crew("lz4")
+        stored = memory.save_object(writer, 5, fd, nr * PAGE, 2)
+        commit_images(writer)
+    os.close(fd)
+    for touched in (False, True):
+        start = map_memory(nr * PAGE, PROT_RW, MAP_SHARED | MAP_ANONYMOUS)
+        if touched:
+            ctypes.memset(start + 5 * PAGE, 77, PAGE)
+        with ImageFolder(folder / "images") as images:
+            made = memory.plan_object(images, 5, nr * PAGE)
+            with memory.open_pages(images, made) as pages:
+                made.fill(start, nr * PAGE, pages, jobs=2)
+        assert ctypes.string_at(start, nr * PAGE) == pattern(0, 1000) + bytes(500 * PAGE)
+        assert made.done_bytes == made.total_bytes == stored
+        assert 0 < made.placed_bytes < stored if touched else made.placed_bytes == stored
+        libc.munmap(start, nr * PAGE)
 
 
 def test_an_object_keeps_its_holes_and_its_last_page_whole(folder: Path) -> None:

@@ -183,6 +183,11 @@ class CompressedPages:
         """How much is in place."""
         return int(lib.gr_scatter_done_bytes(self._scatter))
 
+    @property
+    def placed_bytes(self) -> int:
+        """How much of that was put there as whole pages."""
+        return int(lib.gr_scatter_placed_bytes(self._scatter))
+
     def nr_workers(self, jobs: int) -> int:
         """How many threads may work at once, of ``jobs`` that are wanted."""
         return max(1, min(jobs, self.nr_chunks, BUFFER_BYTES // max(1, self._index.room_bytes)))
@@ -208,10 +213,14 @@ class CompressedPages:
         view = ffi.from_buffer(chunk)
         check(lib.gr_scatter_put(self._scatter, pid, base, offset, view, len(view), err), err)
 
-    def fill(self, base: int, fd: int, jobs: int, cancel: Cancel | None = None) -> None:
-        """Fill memory of this process with ``jobs`` threads at most. Blocks."""
+    def fill(self, base: int, size: int, fd: int, jobs: int, cancel: Cancel | None = None) -> None:
+        """Fill an object of ``size`` bytes that this process has mapped with ``jobs`` threads at most. Blocks."""
         nr_threads = self.nr_workers(jobs)
-        run_in_threads([partial(self.run, 0, base, fd, cancel)] * nr_threads, nr_threads)
+        lib.gr_scatter_begin_object(self._scatter, base, size)
+        try:
+            run_in_threads([partial(self.run, 0, base, fd, cancel)] * nr_threads, nr_threads)
+        finally:
+            lib.gr_scatter_end_object(self._scatter)
 
 
 def _stop_if(cancel: Cancel | None) -> None:

@@ -94,6 +94,13 @@ class PagePlan:
         return int(self.counts.done_bytes)
 
     @property
+    def placed_bytes(self) -> int:
+        """How much of that was put into an object of shared memory as whole pages."""
+        if self.compressed is not None:
+            return self.compressed.placed_bytes
+        return int(self.counts.placed_bytes)
+
+    @property
     def nr_chunks(self) -> int:
         """How many threads can possibly work on it at once."""
         if self.compressed is not None:
@@ -123,7 +130,7 @@ class PagePlan:
     ) -> None:
         """Fill an object of ``size`` bytes that this process has mapped, shared and writable, at ``base``. Blocks."""
         if self.compressed is not None:
-            self.compressed.fill(base, source.fd, jobs or default_jobs(), cancel)
+            self.compressed.fill(base, size, source.fd, jobs or default_jobs(), cancel)
             return
         err = new_error()
         flag = cancel.flag if cancel else ffi.NULL
