@@ -82,5 +82,6 @@ def xstate_layout() -> XstateLayout:
 
 
 def kernel_version() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
     major, minor = os.uname().release.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)

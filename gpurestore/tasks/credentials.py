@@ -45,10 +45,12 @@ class Credentials(NamedTuple):
     no_new_privs: bool = False
 
     def has(self, cap: str) -> bool:
+        """Whether a capability, as named in :data:`~gpurestore.capabilities.CAP`, is effective."""
         return bool(self.effective >> CAP[cap] & 1)
 
 
 def from_status(status: Status, securebits: int) -> Credentials:
+    """What /proc tells; of securebits it tells nothing."""
     return Credentials(
         status.uids,
         status.gids,
@@ -64,6 +66,7 @@ def from_status(status: Status, securebits: int) -> Credentials:
 
 
 def from_message(entry: pb.creds_entry) -> Credentials:
+    """Out of an image. Raises ImageError where they are impossible."""
     groups = tuple(entry.groups)
     if len(groups) > 65536:
         raise ImageError(f"core image: {len(groups)} groups, the kernel knows 65536")
@@ -87,6 +90,7 @@ def _mask(words: Iterable[int]) -> int:
 
 
 def fill(entry: pb.creds_entry, creds: Credentials) -> None:
+    """Into an image."""
     entry.uid, entry.euid, entry.suid, entry.fsuid = creds.uids
     entry.gid, entry.egid, entry.sgid, entry.fsgid = creds.gids
     entry.groups.extend(creds.groups)
@@ -103,10 +107,12 @@ def fill(entry: pb.creds_entry, creds: Credentials) -> None:
 
 
 def questions() -> Questions:
+    """What every thread is asked."""
     return {"securebits": prctl(PR_GET_SECUREBITS, what="read securebits")}
 
 
 def collect(status: Status, answers: Answers) -> Credentials:
+    """Of one thread."""
     return from_status(status, answers["securebits"].result)
 
 

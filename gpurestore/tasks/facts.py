@@ -36,10 +36,12 @@ class ThreadFacts:
     xstate: dict[int, bytes] = field(default_factory=dict)  # components that the core entry has no place for
 
     def to_json(self) -> dict[str, Any]:
+        """What is known."""
         return _to_json(self, ThreadFacts())
 
     @classmethod
     def from_json(cls, raw: object, where: str) -> ThreadFacts:
+        """Raises ImageError; ``where`` says which value it is."""
         return _from_json(cls(), raw, where)
 
 
@@ -55,10 +57,12 @@ class ProcessFacts:
     threads: dict[int, ThreadFacts] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """What is known."""
         return _to_json(self, ProcessFacts())
 
     @classmethod
     def from_json(cls, raw: object, where: str) -> ProcessFacts:
+        """Raises ImageError; ``where`` says which value it is."""
         return _from_json(cls(), raw, where)
 
     def thread(self, tid: int) -> ThreadFacts:

@@ -26,6 +26,7 @@ Limits = Sequence[tuple[int, int]]
 
 
 def collect(pid: int, entry: pb.task_core_entry) -> None:
+    """The limits and the out-of-memory score."""
     for soft, hard in procfs.limits(pid):
         entry.rlimits.rlimits.add(cur=soft, max=hard)
     entry.oom_score_adj = procfs.oom_score_adj(pid)
@@ -77,6 +78,7 @@ def plan_proc_files(oom_score_adj: int | None, own_score_adj: int, coredump_filt
 
 
 def check(want: Limits, have: Limits, where: str, may_raise: bool) -> list[Finding]:
+    """Hard limits above ours, which only ``may_raise`` (CAP_SYS_RESOURCE) lets a task have."""
     if may_raise:
         return []
     found = []

@@ -52,6 +52,7 @@ class Vma(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return self.end - self.start
 
     def where(self, pid: int) -> str:

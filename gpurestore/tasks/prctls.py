@@ -36,6 +36,7 @@ _XFEATURE_TILEDATA = 18
 
 
 def thread_questions() -> Questions:
+    """What every thread is asked."""
     asked: Questions = {
         "pdeathsig": prctl(PR_GET_PDEATHSIG, Out(8), what="read the parent-death signal"),
         "tsc": prctl(PR_GET_TSC, Out(8), what="read whether rdtsc is allowed"),
@@ -49,6 +50,7 @@ def thread_questions() -> Questions:
 
 
 def process_questions() -> Questions:
+    """What only the leader is asked."""
     return {
         "mdwe": prctl(PR_GET_MDWE, what="read memory-deny-write-execute", may_fail=True),
         "subreaper": prctl(PR_GET_CHILD_SUBREAPER, Out(8), what="read child subreaper"),
@@ -63,6 +65,7 @@ def process_questions() -> Questions:
 def collect_thread(
     answers: Answers, stat: procfs.Stat, entry: pb.thread_core_entry, facts: ThreadFacts, where: str
 ) -> list[Finding]:
+    """A thread's answers; what of them cannot be carried."""
     if signal := _u32(answers["pdeathsig"].outs[0]):
         entry.pdeath_sig = signal
     if (tsc := _u32(answers["tsc"].outs[0])) != _TSC_ENABLE:
@@ -86,6 +89,7 @@ def _u32(raw: bytes) -> int:
 
 
 def collect_process(answers: Answers, pid: int, entry: pb.task_core_entry, facts: ProcessFacts) -> list[Finding]:
+    """The leader's answers; what of them cannot be carried."""
     if answers["mdwe"].result > 0:
         facts.mdwe = answers["mdwe"].result
     if procfs.merges_all_pages(pid):
@@ -123,6 +127,7 @@ def plan_early(facts: ProcessFacts) -> list[Call]:
 
 
 def plan_process(entry: pb.task_core_entry, facts: ProcessFacts) -> list[Call]:
+    """In the leader."""
     calls = [prctl(PR_SET_CHILD_SUBREAPER, int(entry.child_subreaper), what="set child subreaper")]
     mask = entry.membarrier_registration_mask
     for bit in (i for i in range(32) if mask >> i & 1):
@@ -133,6 +138,7 @@ def plan_process(entry: pb.task_core_entry, facts: ProcessFacts) -> list[Call]:
 
 
 def plan_thread(facts: ThreadFacts) -> list[Call]:
+    """In the thread itself."""
     calls = []
     if facts.machine_check is not None:
         args = (_MCE_KILL_SET, facts.machine_check)
@@ -174,6 +180,7 @@ def plan_last(facts: ProcessFacts) -> list[Call]:
 
 
 def check(facts: ProcessFacts, where: str, may_use_resources: bool) -> list[Finding]:
+    """What takes CAP_SYS_RESOURCE (``may_use_resources``)."""
     found = []
     if not may_use_resources:
         if facts.memory_merge:

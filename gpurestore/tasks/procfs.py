@@ -91,14 +91,17 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_text(path: str) -> str:
+    """The same as text; bytes that are none become surrogates."""
     return read_bytes(path).decode("utf-8", "surrogateescape")
 
 
 def task_dir(pid: int, tid: int | None = None) -> str:
+    """The folder of a process, or of one of its threads."""
     return f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
 
 
 def parse_stat(raw: bytes) -> Stat:
+    """``/proc/PID/stat``."""
     # The name stands in brackets and may hold anything, brackets too: the last one ends it.
     opening, closing = raw.index(b"("), raw.rindex(b")")
     fields = raw[closing + 2 :].split()
@@ -224,10 +227,12 @@ def format_cpu_list(cpus: frozenset[int]) -> str:
 
 
 def stat(pid: int, tid: int | None = None) -> Stat:
+    """Of a process, or of one of its threads."""
     return parse_stat(read_bytes(f"{task_dir(pid, tid)}/stat"))
 
 
 def status(pid: int, tid: int | None = None) -> Status:
+    """Of a process, or of one of its threads."""
     return parse_status(read_text(f"{task_dir(pid, tid)}/status"))
 
 
@@ -257,18 +262,22 @@ def children(pid: int) -> list[int]:
 
 
 def limits(pid: int) -> list[tuple[int, int]]:
+    """(soft, hard) by RLIMIT_ number."""
     return parse_limits(read_text(f"/proc/{pid}/limits"))
 
 
 def timers(pid: int) -> list[TimerLine]:
+    """The POSIX timers of a process, by id."""
     return parse_timers(read_text(f"/proc/{pid}/timers"))
 
 
 def personality(pid: int, tid: int | None = None) -> int:
+    """What personality(2) set."""
     return int(read_bytes(f"{task_dir(pid, tid)}/personality"), 16)
 
 
 def oom_score_adj(pid: int) -> int:
+    """-1000 to 1000."""
     return int(read_bytes(f"/proc/{pid}/oom_score_adj"))
 
 
@@ -317,4 +326,5 @@ def processes_named(numbers: Set[int]) -> Iterator[Stat]:
 
 
 def online_cpus() -> frozenset[int]:
+    """The CPUs of the machine that run."""
     return parse_cpu_list(read_text("/sys/devices/system/cpu/online"))

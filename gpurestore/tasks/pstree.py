@@ -71,6 +71,7 @@ class TreePlan:
 
     @property
     def births(self) -> list[Birth]:
+        """Those of :attr:`steps` that make a task."""
         return [step for step in self.steps if isinstance(step, Birth)]
 
 

@@ -20,6 +20,8 @@ _RLIMIT_NICE, _RLIMIT_RTPRIO = 13, 14
 
 
 class Restorer(NamedTuple):
+    """See above; :meth:`here` is the real one."""
+
     credentials: Credentials
     limits: tuple[tuple[int, int], ...]
     nice: int = 0
@@ -39,16 +41,19 @@ class Restorer(NamedTuple):
 
     @property
     def may_set_pids(self) -> bool:
+        """Whether restored tasks can get their old pids."""
         capable = self.credentials.effective & (1 << CAP["SYS_ADMIN"] | 1 << CAP["CHECKPOINT_RESTORE"])
         return bool(capable) and self.owns_pid_namespace
 
     @property
     def scheduling(self) -> Rights:
+        """What tasks may be given of priorities and CPUs."""
         any_priority = self.may("SYS_NICE")
         return Rights(any_priority, self.limits[_RLIMIT_NICE][0], self.limits[_RLIMIT_RTPRIO][0], self.cpus)
 
     @property
     def can_choose_timer_ids(self) -> bool:
+        """PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16; before, ids are counted up to."""
         return self.kernel >= (6, 16)
 
     @classmethod

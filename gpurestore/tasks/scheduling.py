@@ -28,6 +28,7 @@ _IOPRIO_CLASS_RT = 1
 
 
 def questions() -> Questions:
+    """What every thread is asked."""
     return {
         "sched": Call(NR.SCHED_GETATTR, (0, Out(_ATTR.size), _ATTR.size, 0), "read scheduling attributes"),
         "nice": Call(NR.GETPRIORITY, (0, 0), "read nice"),
@@ -39,6 +40,7 @@ def questions() -> Questions:
 
 
 def collect(answers: Answers, entry: pb.thread_core_entry, facts: ThreadFacts, online: frozenset[int]) -> None:
+    """``online`` are the machine's CPUs: a thread that may run on all of them may do so anywhere."""
     attr = _ATTR.unpack(answers["sched"].outs[0])
     _, policy, flags, _, priority, runtime, deadline, period, util_min, util_max = attr
     entry.sched_policy = policy | (_RESET_ON_FORK_IN_POLICY if flags & _RESET_ON_FORK else 0)
@@ -60,6 +62,7 @@ def collect(answers: Answers, entry: pb.thread_core_entry, facts: ThreadFacts, o
 
 
 def plan(entry: pb.thread_core_entry, facts: ThreadFacts) -> list[Call]:
+    """In the thread itself, while it still has the restorer's rights."""
     calls = []
     if facts.timer_slack_ns:
         calls.append(prctl(PR_SET_TIMERSLACK, facts.timer_slack_ns, what="set timer slack"))
@@ -113,6 +116,7 @@ def _plan_policy(entry: pb.thread_core_entry, facts: ThreadFacts) -> list[Call]:
 
 
 def check(entry: pb.thread_core_entry, facts: ThreadFacts, where: str, own_nice: int, rights: Rights) -> list[Finding]:
+    """An unknown policy, and priorities or CPUs that ``rights`` do not give."""
     found = []
     policy = entry.sched_policy & ~_RESET_ON_FORK_IN_POLICY
     if policy not in _POLICIES:

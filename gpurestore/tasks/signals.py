@@ -31,6 +31,7 @@ _SETTABLE = tuple(n for n in range(1, NR_SIGNALS + 1) if n not in (SIGKILL, SIGS
 
 
 def questions() -> Questions:
+    """The leader is asked for every action that can be set."""
     return {
         f"sigaction {n}": Call(NR.RT_SIGACTION, (n, 0, Out(_ACTION.size), _MASK_BYTES), f"read action of signal {n}")
         for n in _SETTABLE
@@ -38,12 +39,14 @@ def questions() -> Questions:
 
 
 def collect_actions(answers: Answers, entry: pb.task_core_entry) -> None:
+    """Of all signals but SIGKILL and SIGSTOP, in the order of their numbers."""
     for n in _SETTABLE:
         handler, flags, restorer, mask = _ACTION.unpack(answers[f"sigaction {n}"].outs[0])
         entry.sigactions.add(sigaction=handler, flags=flags, restorer=restorer, mask=mask, compat_sigaction=False)
 
 
 def collect_pending(infos: Iterable[bytes], queue: pb.signal_queue_entry) -> None:
+    """Raw siginfos, oldest first."""
     queue.SetInParent()  # CRIU looks for the queue, even for an empty one
     for info in infos:
         queue.signals.add(siginfo=info)
@@ -66,6 +69,7 @@ def _set_action(signal: int, action: bytes, what: str) -> Call:
 
 
 def default_action(signal: int) -> Call:
+    """Set the action to SIG_DFL."""
     return _set_action(signal, _DEFAULT, f"default action of signal {signal}")
 
 

@@ -23,6 +23,7 @@ _PR_GET_TID_ADDRESS = 40
 
 
 def questions() -> Questions:
+    """What every thread is asked."""
     return {
         "clear tid": prctl(_PR_GET_TID_ADDRESS, Out(8), what="read clear_child_tid"),
         "sigaltstack": Call(NR.SIGALTSTACK, (0, Out(_STACK.size)), "read the alternate stack"),
@@ -31,6 +32,7 @@ def questions() -> Questions:
 
 
 def collect(answers: Answers, comm: bytes, rseq: Rseq | None, core: pb.core_entry, facts: ThreadFacts) -> None:
+    """``rseq`` is what ptrace tells."""
     entry = core.thread_core
     core.thread_info.clear_tid_addr = _u64(answers["clear tid"].outs[0])
     address, flags, _, size = _STACK.unpack(answers["sigaltstack"].outs[0])
@@ -51,6 +53,7 @@ def collect(answers: Answers, comm: bytes, rseq: Rseq | None, core: pb.core_entr
 
 
 def plan(core: pb.core_entry, facts: ThreadFacts) -> list[Call]:
+    """In the thread itself."""
     entry = core.thread_core
     calls = [
         set_name(facts.comm if facts.comm is not None else entry.comm or core.tc.comm),

@@ -32,6 +32,7 @@ MOST_IDS_COUNTED = 20_000
 
 
 def questions(lines: Iterable[TimerLine]) -> Questions:
+    """``lines`` are the POSIX timers that /proc shows; the leader is asked how much is left of each."""
     asked: Questions = {
         f"itimer {kind}": Call(NR.GETITIMER, (number, Out(_PAIR.size)), f"read interval timer {kind}")
         for number, kind in enumerate(_KINDS)
@@ -44,6 +45,7 @@ def questions(lines: Iterable[TimerLine]) -> Questions:
 
 
 def collect(lines: Sequence[TimerLine], answers: Answers, entry: pb.task_timers_entry) -> None:
+    """Time left and interval of every timer."""
     for kind in _KINDS:
         timer = getattr(entry, kind)
         timer.isec, timer.iusec, timer.vsec, timer.vusec = _PAIR.unpack(answers[f"itimer {kind}"].outs[0])
@@ -147,6 +149,7 @@ def _pack(value: tuple[int, ...]) -> bytes:
 
 
 def check(entry: pb.task_timers_entry, where: str, can_choose_ids: bool, may_wake: bool) -> list[Finding]:
+    """Ids that could only be counted up to, and clocks that take CAP_WAKE_ALARM (``may_wake``)."""
     found = []
     highest = max((t.it_id for t in entry.posix), default=0)
     if not can_choose_ids and highest > MOST_IDS_COUNTED:

@@ -34,6 +34,7 @@ class Part(NamedTuple):
 
     @property
     def end(self) -> int:
+        """The first address behind it."""
         return self.start + self.size
 
 
@@ -44,10 +45,12 @@ class Layout(NamedTuple):
 
     @property
     def data_bytes(self) -> int:
+        """All but the vdso itself."""
         return sum(part.size for part in self.parts if not part.code)
 
     @property
     def code(self) -> Part | None:
+        """The vdso itself."""
         return next((part for part in self.parts if part.code), None)
 
 
