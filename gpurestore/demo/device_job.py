@@ -9,7 +9,6 @@ A forked process prepares batches in shared memory, a thread keeps the books. Th
 
 from __future__ import annotations
 
-import argparse
 import signal
 from array import array
 from pathlib import Path
@@ -35,6 +34,8 @@ from gpurestore.demo.job import (
     initial_weights,
     load_digits,
     read_message,
+    run_job,
+    save_weights,
     write_message,
 )
 from gpurestore.devplugins.softaccel.client import Context, Stream
@@ -149,20 +150,9 @@ def train(steps: int, out: Path) -> None:
         metrics.add(step, loss)
     metrics.close()
     loader.close()
-    partial = out / "weights.partial"
-    partial.write_bytes(trainer.result())
-    partial.rename(out / "weights.bin")
+    save_weights(out, trainer.result())
     trainer.context.close()
 
 
-def main() -> None:
-    """The command line of the job."""
-    parser = argparse.ArgumentParser(description="train a small network on the software accelerator, not a GPU")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=2000, metavar="N")
-    args = parser.parse_args()
-    train(args.steps, args.out)
-
-
 if __name__ == "__main__":
-    main()
+    run_job("train a small network on the software accelerator, not a GPU", train, 2000)

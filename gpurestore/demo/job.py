@@ -262,19 +262,24 @@ def train(steps: int, out: Path) -> None:
     metrics.close()
     threads.close()
     loader.close()
+    save_weights(out, b"".join(weight.tobytes() for weight in weights))
+
+
+def save_weights(out: Path, weights: bytes) -> None:
+    """What the whole job is for: there whole, or not at all."""
     partial = out / "weights.partial"
-    partial.write_bytes(b"".join(weight.tobytes() for weight in weights))
+    partial.write_bytes(weights)
     partial.rename(out / "weights.bin")
 
 
-def main() -> None:
-    """The command line of the job."""
-    parser = argparse.ArgumentParser(description="train a small network on handwritten digits")
+def run_job(description: str, work: Callable[[int, Path], None], steps: int) -> None:
+    """The command line of a job whose ``work`` takes the number of steps (``steps`` if none is given) and a folder."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=4000, metavar="N")
+    parser.add_argument("--steps", type=int, default=steps, metavar="N")
     args = parser.parse_args()
-    train(args.steps, args.out)
+    work(args.steps, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_job("train a small network on handwritten digits", train, 4000)
