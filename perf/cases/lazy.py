@@ -14,6 +14,7 @@ from tools import Criu
 NAME = "lazy"
 TITLE = "Lazy restore"
 RESUME_S = 0.2
+NR_SHARING = 4
 ORDERS = {"forward": "in order", "random": "without order"}
 
 
@@ -40,7 +41,18 @@ def run(bench: Bench, outcome: Outcome) -> None:
             bench.in_turns(contenders)
         lazy = outcome.line(f"{what}: until the tree runs", "ours", "gpurestore --lazy")
         outcome.want_below(f"{what}: the tree runs, time of the engine", RESUME_S, lazy.median("engine"), "s")
+    shared(bench, outcome)
     outcome.notes.append("Seconds from the start of the command, by the clock of the restored task itself.")
+
+
+def shared(bench: Bench, outcome: Outcome) -> None:
+    """The same for memory that tasks share: it must hold up the release no more than private memory does."""
+    mib = bench.size(512, 2048)
+    what = f"{mib} MiB that {NR_SHARING} tasks share"
+    with subject(bench, outcome, "mappers", NR_SHARING, mib, with_criu=False) as tree:
+        bench.in_turns(tree.contenders(what, [("--lazy",), ()]))
+    lazy = outcome.line(what, "ours", "gpurestore --lazy")
+    outcome.want_below(f"{what}: the tree runs, time of the engine", RESUME_S, lazy.median("engine"), "s")
 
 
 def paced(tree: Subject, what: str, name: str, options: tuple[str, ...]) -> None:
