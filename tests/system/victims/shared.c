@@ -124,10 +124,5 @@ static void check(void)
 
 int main(int argc, char **argv)
 {
-	victim_init(argc, argv);
-	prepare();
-	victim_ready();
-	victim_wait();
-	check();
-	return victim_done();
+	return victim_main(argc, argv, prepare, check);
 }

@@ -254,4 +254,15 @@ static inline int victim_zero(const void *memory, size_t size)
 	return 1;
 }
 
+/* A whole victim: it prepares, waits, and checks. `prepare` may start children. */
+static inline int victim_main(int argc, char **argv, void (*prepare)(void), void (*check)(void))
+{
+	victim_init(argc, argv);
+	prepare();
+	victim_ready();
+	victim_wait();
+	check();
+	return victim_done();
+}
+
 #endif
