@@ -27,7 +27,7 @@ class Ballast:
     """
 
     def __init__(self, program: Path) -> None:
-        self._command = [program, "hold", "--memory", "huge", "--threads", "2", "--bytes", str(_BLOCK_BYTES)]
+        self._command = [str(program), "hold", "--memory", "huge", "--threads", "2", "--bytes", str(_BLOCK_BYTES)]
         self._blocks: list[subprocess.Popen[str]] = []
         self.is_needed = is_needed()
 
