@@ -27,7 +27,7 @@ _PTRACE_SEIZE, _PTRACE_DETACH = 0x4206, 17
 _UFFD_USER_MODE_ONLY = 1
 _UFFDIO_API = 0xC018AA3F
 _UFFD_API = 0xAA
-_UFFD_FEATURE_WP_ASYNC = 1 << 15
+_UFFD_FEATURE_MOVE = 1 << 16
 _PAGEMAP_SCAN = 0xC0606610
 _KCMP_FILE = 0
 
@@ -197,34 +197,32 @@ def _pagemap_scan() -> str | None:
     return None
 
 
-def _write_protect() -> str | None:
+def _cachestat() -> str | None:
+    # struct cachestat_range: offset, length; struct cachestat: five counters
+    with open("/proc/self/exe", "rb") as file:
+        _syscall(NR.CACHESTAT, file.fileno(), struct.pack("=2Q", 0, 0), ctypes.create_string_buffer(40), 0)
+    return None
+
+
+def _move_pages() -> str | None:
     fd = _syscall(NR.USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
     try:
-        request = bytearray(struct.pack("=3Q", _UFFD_API, _UFFD_FEATURE_WP_ASYNC, 0))
-        fcntl.ioctl(fd, _UFFDIO_API, request)
+        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("=3Q", _UFFD_API, _UFFD_FEATURE_MOVE, 0)))
     finally:
         os.close(fd)
     return None
 
 
-def _io_uring() -> str | None:
-    parameters = ctypes.create_string_buffer(120)
-    os.close(_syscall(NR.IO_URING_SETUP, 2, parameters))
-    return None
+def _lazy() -> str | None:
+    from gpurestore.tasks.memory.lazy import obstacle
+
+    found = obstacle()
+    return None if found is None else found.what
 
 
 def _huge_pages() -> str | None:
     text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     return "they are switched off" if "[never]" in text else None
-
-
-def _freezer() -> str | None:
-    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
-        return "cgroup v2 is not mounted at /sys/fs/cgroup"
-    own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1]
-    if not os.access(Path("/sys/fs/cgroup", own.lstrip("/")), os.W_OK):
-        return "our cgroup is not ours to write"
-    return None
 
 
 def _locked_memory() -> str | None:
@@ -266,10 +264,6 @@ def _nvidia_driver() -> str:
     from gpurestore.devplugins.cuda.driver import describe
 
     return describe().text
-
-
-def _amd() -> str | None:
-    return None if Path("/dev/kfd").exists() else "no AMD compute device"
 
 
 _AS_ROOT = "run as root, or inside 'python -m gpurestore.namespaces -- COMMAND'"
@@ -320,14 +314,25 @@ CHECKS = (
         required=False,
     ),
     Check(
-        "userfaultfd wp-async",
-        _write_protect,
-        "tracking changed pages for snapshots",
-        "install a kernel from 6.7 on with CONFIG_USERFAULTFD=y; as root: sysctl -w vm.unprivileged_userfaultfd=1",
+        "cachestat",
+        _cachestat,
+        "seeing which images are not in the page cache, to read them past it",
+        "install a kernel from 6.5 on",
         required=False,
     ),
     Check(
-        "io_uring", _io_uring, "a fast way to storage", "as root: sysctl -w kernel.io_uring_disabled=0", required=False
+        "lazy restore",
+        _lazy,
+        "restore --lazy: letting a tree run before its memory is there",
+        "as root, outside of a container; a kernel with CONFIG_USERFAULTFD=y",
+        required=False,
+    ),
+    Check(
+        "UFFDIO_MOVE",
+        _move_pages,
+        "bringing memory back in huge pages",
+        "install a kernel from 6.8 on with CONFIG_USERFAULTFD=y",
+        required=False,
     ),
     Check(
         "huge pages",
@@ -338,21 +343,11 @@ CHECKS = (
     ),
     Check("locked memory", _locked_memory, "trees that lock memory", "ulimit -l unlimited", required=False),
     Check(
-        "cgroup freezer",
-        _freezer,
-        "stopping a tree at one stroke; its tasks are stopped one by one otherwise",
-        "have a cgroup delegated to this user, for example by 'systemd-run --user --scope -p Delegate=yes'",
-        required=False,
-    ),
-    Check(
         "NVIDIA GPU",
         _nvidia,
         "trees that compute there",
         "install the driver from 570 on",
         required=False,
         facts=_nvidia_driver,
-    ),
-    Check(
-        "AMD GPU", _amd, "trees that compute there", "install the amdgpu driver with compute support", required=False
     ),
 )

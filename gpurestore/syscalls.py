@@ -88,10 +88,10 @@ class NR(IntEnum):
     MEMBARRIER = 324
     MLOCK2 = 325
     RSEQ = 334
-    IO_URING_SETUP = 425
     CLONE3 = 435
     CLOSE_RANGE = 436
     PIDFD_GETFD = 438
+    CACHESTAT = 451
     # No system call: the agent itself (cext/gr_agent.h).
     AGENT_USE_TILES = 0x10000
     AGENT_CLONE = 0x10001
