@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpurestore import core
 from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.pagemap import read_pagemap
+from gpurestore.images.pagemap import Pagemap, read_pagemap
 from gpurestore.tasks import births, cores, cpu, inherited, lazy, memory, mm, numa, pstree, shmem, usage, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
@@ -127,19 +127,21 @@ def load(
     facts = load_facts(extension)
     mm_facts = _mapping(extension.get("mm", {}), "mm")
     leaders = {entry.pid: folder.read_one("core", entry.pid) for entry in entries}
-    tasks = {}
-    for entry in entries:
-        if leaders[entry.pid].tc.task_state not in pstree.DEAD:
-            own = _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}")
-            is_lazy = fault_order is not None
-            tasks[entry.pid] = _load_task(folder, entry, leaders[entry.pid], facts, own, ways, is_lazy)
-    mms = {pid: task.mm for pid, task in tasks.items()}
-    shares = inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms)
-    for pid, task in tasks.items():
-        task.inherited, task.ancestral = shares.inherited.get(pid), shares.ancestral.get(pid)
-        if task.inherited is not None and task.pages.huge:
-            huge = hugepages.blocks(ways.hugepages, task.mm_facts)
-            task.pages = memory.plan_pages(folder, pid, task.mm, huge=huge, kept=task.inherited.kept)
+    living = [entry for entry in entries if leaders[entry.pid].tc.task_state not in pstree.DEAD]
+    mms = {entry.pid: _read_mm(folder, entry.pid) for entry in living}
+    pagemaps = {pid: read_pagemap(folder, "pagemap", pid) for pid in mms}
+    shares = inherited.load(folder, {entry.pid: entry.ppid for entry in entries}, mms, pagemaps)
+    images = _Images(folder, ways, fault_order is not None, hugepages.anonymous_are_available(), facts, shares)
+    tasks = {
+        entry.pid: images.task(
+            entry,
+            leaders[entry.pid],
+            mms[entry.pid],
+            _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}"),
+            pagemaps[entry.pid],
+        )
+        for entry in living
+    }
     if fault_order is not None:
         _make_lazy(folder, tasks, fault_order)
     objects = shmem.objects(mms)
@@ -152,7 +154,7 @@ def load(
         tasks,
         objects,
         {shmid: plan for shmid, plan in shared.items() if shmid not in late_shared},
-        StagedFiles(folder, openers, ways, cancel),
+        StagedFiles(folder, openers, ways, cancel, mms),
         facts,
         ways,
         late_shared,
@@ -165,23 +167,52 @@ def _mapping(value: object, name: str) -> Mapping[str, Any]:
     return value
 
 
-def _load_task(
-    folder: ImageFolder,
-    entry: pb.pstree_entry,
-    leader: pb.core_entry,
-    facts: Mapping[int, ProcessFacts],
-    mm_facts: Mapping[str, Any],
-    ways: Ways,
-    is_lazy: bool,
-) -> LoadedTask:
-    pid = int(entry.pid)
-    space = folder.read_one("mm", pid)
+def _read_mm(folder: ImageFolder, pid: int) -> pb.mm_entry:
+    space: pb.mm_entry = folder.read_one("mm", pid)
     mm.validate(space, f"{folder.path}/mm-{pid}.img")
-    threads = {tid: leader if tid == pid else folder.read_one("core", tid) for tid in entry.threads or [pid]}
-    later = lazy.can_come_late(space) if is_lazy else frozenset()
-    pages = memory.plan_pages(folder, pid, space, huge=hugepages.blocks(ways.hugepages, mm_facts), later=later)
-    own_facts = facts.get(pid, ProcessFacts())
-    return LoadedTask(entry, threads, own_facts, space, mm_facts, folder.read_one("fs", pid), pages)
+    return space
+
+
+class _Images(NamedTuple):
+    """What is known of all tasks before each of them is loaded."""
+
+    folder: ImageFolder
+    ways: Ways
+    is_lazy: bool
+    may_be_huge: bool
+    facts: Mapping[int, ProcessFacts]
+    shares: inherited.Shares
+
+    def task(
+        self,
+        entry: pb.pstree_entry,
+        leader: pb.core_entry,
+        space: pb.mm_entry,
+        mm_facts: Mapping[str, Any],
+        pagemap: Pagemap,
+    ) -> LoadedTask:
+        pid = int(entry.pid)
+        heir = self.shares.inherited.get(pid)
+        pages = memory.plan_pages(
+            self.folder,
+            pid,
+            space,
+            huge=hugepages.blocks(self.ways.hugepages, mm_facts) if self.may_be_huge else None,
+            later=lazy.can_come_late(space) if self.is_lazy else frozenset(),
+            kept=heir.kept if heir is not None else (),
+            pagemap=pagemap,
+        )
+        return LoadedTask(
+            entry,
+            {tid: leader if tid == pid else self.folder.read_one("core", tid) for tid in entry.threads or [pid]},
+            self.facts.get(pid, ProcessFacts()),
+            space,
+            mm_facts,
+            self.folder.read_one("fs", pid),
+            pages,
+            heir,
+            ancestral=self.shares.ancestral.get(pid),
+        )
 
 
 def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order: FaultOrder) -> None:
@@ -202,7 +233,7 @@ def _make_lazy(folder: ImageFolder, tasks: Mapping[int, LoadedTask], fault_order
     for pid, (later, plan, inherited_part) in late.items():
         task = tasks[pid]
         if later != lazy.can_come_late(task.mm):
-            task.pages = memory.plan_pages(folder, pid, task.mm, later=later)
+            task.pages = memory.plan_pages(folder, pid, task.mm, later=later, pagemap=task.pages.pagemap)
         task.lazy, task.inherited = plan, inherited_part
         if task.ancestral is not None:
             task.ancestral = inherited.limit_ancestral(folder, pid, task.mm, task.ancestral, later)
@@ -253,7 +284,8 @@ def _thread_policies(facts: ProcessFacts) -> Iterator[Sequence[int]]:
 
 def _check_vdso(folder: ImageFolder, task: LoadedTask) -> list[Finding]:
     code = vdso.image_layout(task.mm).code
-    dumped = memory.read_page_bytes(folder, task.pid, code.start, code.end) if code is not None else b""
+    pagemap = task.pages.pagemap
+    dumped = memory.read_page_bytes(folder, pagemap, code.start, code.end) if code is not None else b""
     rips = [core.thread_info.gpregs.ip for core in task.cores.values()]
     return vdso.check(task.pid, task.mm, dumped, rips)
 

@@ -27,6 +27,7 @@ from gpurestore.pipeline.stages import Stages
 from gpurestore.pipeline.trace import Span
 from gpurestore.pipeline.walk import Work
 from gpurestore.tasks import cloning, memory, shmem
+from gpurestore.tasks.calls import join
 from gpurestore.tasks.pstree import Birth, Run
 from gpurestore.tasks.restorer import Restorer
 
@@ -174,10 +175,16 @@ class Making:
         self._tracer.adopt(pids)
 
     def _strip(self, pid: int) -> None:
-        """The first that a task does, once. From now on it dies with the tracer, not with its parent."""
-        if pid not in self._stripped and (task := self._plan.tasks.get(pid)):
-            self._stripped.add(pid)
-            self._call(pid, task.strip)
+        """What a task does before anything else. From then on it dies with the tracer, not with its parent."""
+        if task := self._plan.tasks.get(pid):
+            self._call(pid, self._first_calls(task))
+
+    def _first_calls(self, task: TaskPlan) -> list[Call]:
+        """Its strip, once."""
+        if task.pid in self._stripped:
+            return []
+        self._stripped.add(task.pid)
+        return task.strip
 
     def _end(self, pid: int, calls: tuple[Call, ...]) -> None:
         """Let a task run its last calls and become a zombie of its parent."""
@@ -188,8 +195,7 @@ class Making:
     # ---- one task
 
     def _give_descriptors(self, task: TaskPlan) -> None:
-        self._strip(task.pid)
-        self._call(task.pid, task.files)
+        self._call(task.pid, join([self._first_calls(task), task.files]))
 
     def _map(self, task: TaskPlan) -> None:
         self._call(task.pid, task.mappings)
@@ -217,9 +223,14 @@ class Making:
         self._call(task.pid, task.finish)
 
     def _finish_task(self, task: TaskPlan) -> None:
-        self._call(task.pid, task.late)
-        for tid, calls in task.threads.items():
-            self._call(task.pid, calls, tid)
+        *others, leader = task.threads
+        if others:
+            self._call(task.pid, task.late)
+            for tid in others:
+                self._call(task.pid, task.threads[tid], tid)
+            self._call(task.pid, task.threads[leader])
+        else:
+            self._call(task.pid, join([task.late, task.threads[leader]]))
         faults.point("restore.finished")
 
     # ---- the end

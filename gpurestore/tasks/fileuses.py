@@ -7,6 +7,7 @@ so a file is staged once per (id, for_mapping).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 from gpurestore.errors import ImageError
@@ -24,7 +25,8 @@ _ROOT, _CWD = "root directory", "working directory"
 class FileUses:
     """The file ids of a folder and what each is for."""
 
-    def __init__(self, folder: ImageFolder) -> None:
+    def __init__(self, folder: ImageFolder, mms: Mapping[int, pb.mm_entry] | None = None) -> None:
+        """``mms`` are those of all living tasks, for callers that have them."""
         self._entries: dict[int, pb.file_entry] = {}
         for entry in folder.read("files") if folder.has("files") else []:
             self._add_entry(entry)
@@ -38,7 +40,7 @@ class FileUses:
         self.pids: set[int] = set()  # of processes, threads, groups and sessions
         for item in folder.read("pstree"):
             self.pids |= {item.pid, item.pgid, item.sid, *item.threads}
-            self._read_task(folder, item.pid)
+            self._read_task(folder, item.pid, mms)
         # One more than the largest descriptor number of any task.
         self.keep_from = 1 + max((entry.fd for table in self.tables.values() for entry in table), default=2)
 
@@ -50,15 +52,15 @@ class FileUses:
             raise ImageError(f"files.img: file {entry.id} stands there twice")
         self._entries[entry.id] = entry
 
-    def _read_task(self, folder: ImageFolder, pid: int) -> None:
-        if not folder.has("mm", pid):  # a zombie has neither memory nor files
+    def _read_task(self, folder: ImageFolder, pid: int, mms: Mapping[int, pb.mm_entry] | None) -> None:
+        if pid not in mms if mms is not None else not folder.has("mm", pid):  # a zombie has neither memory nor files
             self.tables[pid] = []
             return
         self.tables[pid] = self._read_table(folder, pid)
         for descriptor in self.tables[pid]:
             self._use(descriptor.id, f"pid {pid}, fd {descriptor.fd}")
             self._first.setdefault(descriptor.id, (pid, descriptor.fd))
-        mm = folder.read_one("mm", pid)
+        mm = mms[pid] if mms is not None else folder.read_one("mm", pid)
         self._use_mapping(mm.exe_file_id, os.O_RDONLY, f"pid {pid}, program")
         for vma in mm.vmas:
             if is_claimed(vma):

@@ -272,7 +272,12 @@ class _Pages(NamedTuple):
     seen: PageRuns
 
 
-def load(folder: ImageFolder, parents: Mapping[int, int], mms: Mapping[int, pb.mm_entry]) -> Shares:
+def load(
+    folder: ImageFolder,
+    parents: Mapping[int, int],
+    mms: Mapping[int, pb.mm_entry],
+    pagemaps: Mapping[int, Pagemap],
+) -> Shares:
     """Read and check what the tasks of a tree have from their parents, which come first in ``mms``.
 
     Raises ImageError where an image promises what the parent does not have.
@@ -284,7 +289,7 @@ def load(folder: ImageFolder, parents: Mapping[int, int], mms: Mapping[int, pb.m
     shares = Shares({}, {})
     pages: dict[int, _Pages] = {}
     for pid in mms if idents["inherited"] else ():
-        own = seen = _runs_of(read_pagemap(folder, "pagemap", pid), f"{folder.path}/pagemap-{pid}.img")
+        own = seen = _runs_of(pagemaps[pid], f"{folder.path}/pagemap-{pid}.img")
         if pid in idents["inherited"]:
             found = shares.inherited[pid] = _load_one(folder, pid, parents[pid], mms, pages, own)
             seen |= found.runs

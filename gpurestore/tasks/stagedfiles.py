@@ -21,7 +21,7 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpurestore.batch import Call, Data
@@ -51,18 +51,19 @@ class StagedFiles:
         openers: external.Openers | None = None,
         ways: Ways | None = None,
         cancel: Cancel | None = None,
+        mms: Mapping[int, pb.mm_entry] | None = None,
     ) -> None:
         """Reads the images; raises ImageError where they contradict themselves.
 
         ``openers`` gives back what device plugins claimed. ``ways`` says how the memory of memfds comes in, ``cancel``
-        is polled while contents are copied.
+        is polled while contents are copied. ``mms`` are those of all living tasks, for callers that have them.
         """
         self._folder = folder
         self._ways, self._cancel = ways, cancel
         self._cancelled: Cancelled = never if cancel is None else lambda: cancel.is_set
         self._openers = openers
         self._redirects: dict[int, dict[int, tuple[int, int]]] = {}
-        self.uses = FileUses(folder)
+        self.uses = FileUses(folder, mms)
         extension = folder.manifest.extension if folder.manifest is not None else {}
         self._facts = facts = FileFacts.from_json(extension.get("files"))
         self._pipe_data = pipes.data_by_id(_payloads(folder, "pipes-data"), facts.packets)

@@ -268,7 +268,9 @@ def test_pages_of_the_vdso_are_kept_but_not_written(folder: Path) -> None:
         assert read(child, start, 8) == expected
         assert plan.done_bytes == plan.total_bytes == 6 * PAGE
         with ImageFolder(folder / "images") as images:
-            code = memory.read_page_bytes(images, child.pid, start + 3 * PAGE, start + 5 * PAGE)
+            code = memory.read_page_bytes(
+                images, read_pagemap(images, "pagemap", child.pid), start + 3 * PAGE, start + 5 * PAGE
+            )
             assert code == pattern(start + 3 * PAGE, 2)
 
 

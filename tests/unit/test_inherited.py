@@ -7,7 +7,7 @@ import dataclasses
 import mmap
 import os
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -193,6 +193,10 @@ PAGES = 24
 CUTS = st.lists(st.integers(0, PAGES), max_size=6, unique=True).map(sorted)
 
 
+def load(folder: ImageFolder, parents: Mapping[int, int], mms: Mapping[int, pb.mm_entry]) -> inherited.Shares:
+    return inherited.load(folder, parents, mms, {pid: read_pagemap(folder, "pagemap", pid) for pid in mms})
+
+
 def mapped(mm: pb.mm_entry, starts: Collection[int] | None = None) -> list[int]:
     """The pages of some mappings, or of all."""
     chosen = [vma for vma in mm.vmas if starts is None or vma.start in starts]
@@ -242,7 +246,7 @@ def test_every_task_sees_what_the_dump_saw(family: Family) -> None:
     with TemporaryDirectory() as name:
         write_images(Path(name) / "images", family)
         with ImageFolder(Path(name) / "images") as folder:
-            found, ancestral = inherited.load(folder, {pid: pid - 1 for pid in family.mms}, family.mms)
+            found, ancestral = load(folder, {pid: pid - 1 for pid in family.mms}, family.mms)
             pagemaps = {pid: read_pagemap(folder, "pagemap", pid) for pid in family.mms}
             old = {pid: read_pagemap(folder, "ancestral", pid) for pid in family.mms if family.ancestral[pid]}
     assert found.keys() == {pid for pid, pages in family.shared.items() if pages}
@@ -332,7 +336,7 @@ def test_an_image_that_promises_what_is_not_there_is_refused(
     family = family_of({1, 2, 9}, {4}, from_parent)
     write_images(tmp_path / "images", family, {2: head})
     with ImageFolder(tmp_path / "images") as folder, pytest.raises(ImageError, match=rf"inherited-2\.img: .*{why}"):
-        inherited.load(folder, {1: 0, 2: 1}, family.mms)
+        load(folder, {1: 0, 2: 1}, family.mms)
 
 
 def test_a_page_is_either_its_own_or_its_parents(tmp_path: Path) -> None:
@@ -343,7 +347,7 @@ def test_a_page_is_either_its_own_or_its_parents(tmp_path: Path) -> None:
         inherited.write(writer, 2, 1, runs_of({1}))
         commit_images(writer)
     with ImageFolder(tmp_path / "images") as folder, pytest.raises(ImageError, match="which it has itself"):
-        inherited.load(folder, {1: 0, 2: 1}, family.mms)
+        load(folder, {1: 0, 2: 1}, family.mms)
 
 
 @pytest.mark.parametrize(("page", "why"), [(8, "not in private memory"), (2, "which task 2 has from its parent")])
@@ -352,7 +356,7 @@ def test_ancestral_pages_lie_in_private_memory_that_is_the_tasks_own(tmp_path: P
     family.ancestral[2] = {page: 3}
     write_images(tmp_path / "images", family)
     with ImageFolder(tmp_path / "images") as folder, pytest.raises(ImageError, match=rf"ancestral-2\.img: .*{why}"):
-        inherited.load(folder, {1: 0, 2: 1}, family.mms)
+        load(folder, {1: 0, 2: 1}, family.mms)
 
 
 @pytest.mark.parametrize("missing", [1, 2])
@@ -361,14 +365,14 @@ def test_an_image_of_a_task_that_is_not_there_is_refused(tmp_path: Path, missing
     write_images(tmp_path / "images", family)
     del family.mms[missing]
     with ImageFolder(tmp_path / "images") as folder, pytest.raises(ImageError, match=f"no living task {missing}"):
-        inherited.load(folder, {1: 0, 2: 1}, family.mms)
+        load(folder, {1: 0, 2: 1}, family.mms)
 
 
 def test_a_root_inherits_nothing(tmp_path: Path) -> None:
     family = family_of({1, 2}, {4}, {2})
     write_images(tmp_path / "images", family)
     with ImageFolder(tmp_path / "images") as folder, pytest.raises(ImageError, match=r"inherited-2\.img"):
-        inherited.load(folder, {2: 0}, {2: family.mms[2]})
+        load(folder, {2: 0}, {2: family.mms[2]})
 
 
 # ---- what a dump makes of it

@@ -191,7 +191,7 @@ def restore(
     assert mm.check(pid, found) == []
     plan, object_plans = memory.plan_pages(images, pid, found), shmem.plan(images, objects)
     code = next(vma for vma in found.vmas if vma.status & vmaflags.VDSO)
-    assert vdso.check(pid, found, memory.read_page_bytes(images, pid, code.start, code.end), []) == []
+    assert vdso.check(pid, found, memory.read_page_bytes(images, plan.pagemap, code.start, code.end), []) == []
     size = Region.size_for(1)
     _, room = shmem.staging_layout(objects, size)
     start = maps.find_hole([*maps.own_ranges(), *mm.fixed_ranges(found)], room + maps.HUGE_PAGE_BYTES * len(objects))

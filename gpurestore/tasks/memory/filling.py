@@ -155,20 +155,23 @@ def plan_pages(
     huge: HugeBlocks | None = None,
     later: Collection[int] = (),
     kept: Collection[int] = (),
+    pagemap: Pagemap | None = None,
 ) -> PagePlan:
     """Check the pagemap of a task against its mappings and its pages image. Raises ImageError; changes nothing.
 
     ``mm`` went through :func:`gpurestore.tasks.mm.validate`. What lies in the mappings whose starts are in ``later`` is
     checked, but left out. In those in ``kept`` there are pages from the parent already: no huge ones can come there.
+    ``pagemap`` is the task's, for callers that have it.
     """
     vmas = [vma for vma in mm.vmas if not vmaflags.is_guard(vma) and not vma.status & vmaflags.VSYSCALL]
-    if mm.thp_disabled or not hugepages.anonymous_are_available():
+    if mm.thp_disabled:
         huge = None
     kinds = bytes(
         _SKIP if vma.start in later else _pump_kind(vma, huge is not None and vma.start not in kept) for vma in vmas
     )
     starts, ends = array("Q", [vma.start for vma in vmas]), array("Q", [vma.end for vma in vmas])
-    return _plan(folder, "pagemap", pid, (starts, ends, kinds), chunk_bytes, huge)
+    pagemap = read_pagemap(folder, "pagemap", pid) if pagemap is None else pagemap
+    return _plan(folder, pagemap, KINDS["pagemap"].file_name(pid), (starts, ends, kinds), chunk_bytes, huge)
 
 
 def plan_object(
@@ -182,7 +185,9 @@ def plan_object(
         huge = None
     ends = array("Q", [nr_pages * PAGE_BYTES])
     kinds = bytes([_FILL if huge is None else _FILL_HUGE])
-    return _plan(folder, "pagemap-shmem", ident, (array("Q", [0]), ends, kinds), chunk_bytes, huge)
+    pagemap = read_pagemap(folder, "pagemap-shmem", ident)
+    name = KINDS["pagemap-shmem"].file_name(ident)
+    return _plan(folder, pagemap, name, (array("Q", [0]), ends, kinds), chunk_bytes, huge)
 
 
 def fill_file(
@@ -214,12 +219,11 @@ def open_pages(folder: ImageFolder, plan: PagePlan, reading: Reading = Reading.A
     return open_source(folder.open_raw(plan.pages_name), reading if plan.compressed is None else Reading.CACHED)
 
 
-def read_page_bytes(folder: ImageFolder, pid: int, start: int, end: int) -> bytes:
+def read_page_bytes(folder: ImageFolder, pagemap: Pagemap, start: int, end: int) -> bytes:
     """Stored pages of a task from ``start`` to ``end``, which one entry of its pagemap must cover; else nothing.
 
     For a pagemap that :func:`plan_pages` accepted: every entry is stored here, in ascending order.
     """
-    pagemap = read_pagemap(folder, "pagemap", pid)
     at = bisect.bisect(pagemap.vaddrs, start) - 1
     if at < 0 or end > pagemap.vaddrs[at] + pagemap.nr_pages[at] * PAGE_BYTES:
         return b""
@@ -245,14 +249,18 @@ Ranges: TypeAlias = "tuple[array[int], array[int], bytes]"  # starts, ends, kind
 
 
 def _plan(
-    folder: ImageFolder, kind: str, ident: int, ranges: Ranges, chunk_bytes: int, huge: HugeBlocks | None
+    folder: ImageFolder,
+    pagemap: Pagemap,
+    pagemap_name: str,
+    ranges: Ranges,
+    chunk_bytes: int,
+    huge: HugeBlocks | None,
 ) -> PagePlan:
-    pagemap = read_pagemap(folder, kind, ident)
     image = find_pages(folder, pagemap.pages_id) if len(pagemap) else PagesImage("", 0, 0)
     nr_cold_bytes = _cold_bytes(folder, image.name) if image.name else 0
     if nr_cold_bytes:
         chunk_bytes = min(chunk_bytes, COLD_CHUNK_BYTES)
-    name = f"{folder.path}/{KINDS[kind].file_name(ident)}"
+    name = f"{folder.path}/{pagemap_name}"
     handle, touched = _create_queue(pagemap, ranges, huge, image.stream_bytes, chunk_bytes, name)
     starts, ends, kinds = ranges
     skips = [(start, end) for start, end, what in zip(starts, ends, kinds, strict=True) if what == _SKIP]
