@@ -194,6 +194,15 @@ os.kill(os.getpid(), signal.SIGKILL)
     processes.wait_until(lambda: not any(map(processes.alive, (first, first - 1))), "the spawned tasks are dead")
 
 
+def test_a_task_that_nobody_adopted_dies_with_its_parent(region: core.Region) -> None:
+    first = free_pid()
+    with core.Tracer() as tracer:
+        tracer.spawn_root(region, first, 0)
+        region.execute(0, first, [cloning.birth(first - 1, first, region.slot_address(1))])
+        tracer.kill([first, first - 1])
+        processes.wait_until(lambda: not processes.alive(first - 1), "the child is dead")
+
+
 def test_a_waiter_is_cancelled_while_its_batch_runs(region: core.Region) -> None:
     pid = free_pid()
     cancel = core.Cancel()
