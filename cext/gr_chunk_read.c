@@ -7,7 +7,6 @@
 #include "gr_read_pieces.h"
 #include "gr_zeros.h"
 
-#define PAGE_BYTES 4096UL
 #define MAX_CHUNK_PAGES 1024U /* UIO_MAXIOV: one vector for each page at worst */
 
 /* Where a chunk begins: page `page` of run `run`. */
@@ -43,12 +42,12 @@ static int drop_zeros(uint64_t start, uint64_t end, const char *at, char **to, s
 	const char *from = at;
 	int ret = 0;
 
-	for (uint64_t page = start; page < end && ret == 0; page += PAGE_BYTES, at += PAGE_BYTES) {
+	for (uint64_t page = start; page < end && ret == 0; page += GR_PAGE_BYTES, at += GR_PAGE_BYTES) {
 		if (!gr_is_zero_page(at))
 			continue;
 		ret = keep(start, page, from, to, left, err);
-		start = page + PAGE_BYTES;
-		from = at + PAGE_BYTES;
+		start = page + GR_PAGE_BYTES;
+		from = at + GR_PAGE_BYTES;
 	}
 	return ret < 0 ? ret : keep(start, end, from, to, left, err);
 }
@@ -67,12 +66,28 @@ static unsigned int list_pieces(const struct gr_chunk_reader *reader, uint64_t i
 			pages = left;
 		if (!pages)
 			continue;
-		pieces[nr].iov_base = (void *)(reader->runs.vaddrs[at.run] + at.page * PAGE_BYTES);
-		pieces[nr++].iov_len = pages * PAGE_BYTES;
+		pieces[nr].iov_base = (void *)(reader->runs.vaddrs[at.run] + at.page * GR_PAGE_BYTES);
+		pieces[nr++].iov_len = pages * GR_PAGE_BYTES;
 		left -= pages;
 	}
-	*bytes = (reader->chunk_pages - left) * PAGE_BYTES;
+	*bytes = (reader->chunk_pages - left) * GR_PAGE_BYTES;
 	return nr;
+}
+
+/* Whether pages of zeros are to be kept at `address`. */
+static int is_kept(const struct gr_pages_source *source, uint64_t address)
+{
+	uint64_t low = 0, high = source->nr_kept;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (source->kept_ends[middle] <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < source->nr_kept && source->kept_starts[low] <= address;
 }
 
 int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *buffer, struct gr_page_runs *left,
@@ -94,7 +109,7 @@ int gr_chunk_read(const struct gr_chunk_reader *reader, uint64_t index, void *bu
 	for (unsigned int i = 0; i < nr && ret == 0; at += pieces[i++].iov_len) {
 		uint64_t start = (uint64_t)pieces[i].iov_base, end = start + pieces[i].iov_len;
 
-		if (gr_ranges_hold(source->kept_starts, source->kept_ends, source->nr_kept, start))
+		if (is_kept(source, start))
 			ret = keep(start, end, at, &to, left, err);
 		else
 			ret = drop_zeros(start, end, at, &to, left, err);
@@ -111,7 +126,7 @@ int gr_chunk_append(const struct gr_chunk_reader *reader, uint64_t index, const 
 
 	for (uint64_t i = 0; i < left->nr_runs && ret == 0; i++, floor = UINT64_MAX)
 		ret = gr_page_runs_add(stored, floor, left->vaddrs[i],
-				       left->vaddrs[i] + left->nr_pages[i] * PAGE_BYTES, err);
+				       left->vaddrs[i] + left->nr_pages[i] * GR_PAGE_BYTES, err);
 	return ret;
 }
 

@@ -113,7 +113,7 @@ static int compare_all(const struct comparison *job, struct gr_error *err)
 
 		while (at < end) {
 			if (at >= base + nr * GR_PAGE_BYTES) {
-				if (job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED))
+				if (gr_is_cancelled(job->cancel))
 					return gr_fail(err, ECANCELED, "comparing the pages of task %d",
 						       job->maps[0].pid);
 				base = at;

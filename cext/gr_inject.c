@@ -19,8 +19,7 @@
 #include "gr_agent_entry.h"
 #include "gr_tracer_internal.h"
 
-#define PAGE_BYTES 4096UL
-#define CODE_BYTES PAGE_BYTES
+#define CODE_BYTES GR_PAGE_BYTES
 #define RED_ZONE_BYTES 128
 #define ERESTART_RESTARTBLOCK 516
 #define ERESTARTSYS 512

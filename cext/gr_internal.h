@@ -30,6 +30,12 @@ static inline void gr_close_fd(const int *fd)
 		close(*fd);
 }
 
+/* Whether whoever waits for a long call wants it to end; `cancel` may be NULL. */
+static inline int gr_is_cancelled(const int *cancel)
+{
+	return cancel && __atomic_load_n(cancel, __ATOMIC_ACQUIRE);
+}
+
 #define GR_CLOSE __attribute__((cleanup(gr_close_fd)))
 
 #endif

@@ -70,7 +70,7 @@ static int expect(struct gr_lazy *lazy, enum gr_lazy_word word, int *cancel, con
 	for (;;) {
 		struct pollfd fd = { lazy->socket, POLLIN, 0 };
 
-		if (cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED))
+		if (gr_is_cancelled(cancel))
 			return gr_fail(err, ECANCELED, "%s", what);
 		ret = poll(&fd, 1, WAIT_SLICE_MS);
 		if (ret > 0)

@@ -100,7 +100,7 @@ static void read_ahead(const struct gr_lazy_source *source, uint64_t index)
 	const struct gr_lazy_run *run = &source->runs[gr_lazy_find_index(source, index)];
 	uint64_t offset = run->offset + ((index - run->first) << GR_PAGE_SHIFT);
 
-	if (offset % READ_AHEAD_BYTES / GR_PAGE < GR_LAZY_CHUNK_PAGES)
+	if (offset % READ_AHEAD_BYTES / GR_PAGE_BYTES < GR_LAZY_CHUNK_PAGES)
 		posix_fadvise(source->fds[run->file], (off_t)offset, 2 * READ_AHEAD_BYTES, POSIX_FADV_WILLNEED);
 }
 

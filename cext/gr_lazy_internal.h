@@ -7,7 +7,6 @@
 #include "gr_internal.h"
 #include "gr_lazy.h"
 
-#define GR_PAGE 4096UL
 #define GR_PAGE_SHIFT 12
 /* Address spaces that one handler can serve, forks included. */
 #define GR_LAZY_MAX_MMS 65536u

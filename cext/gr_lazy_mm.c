@@ -340,10 +340,10 @@ enum gr_lazy_outcome gr_lazy_mm_zero(struct gr_lazy_mm *mm, uint64_t address, ui
 int gr_lazy_probe(int uffd)
 {
 	static void *nothing; /* a page that cannot be read, so that nothing is ever placed */
-	struct uffdio_copy copy = { .dst = 1UL << 30, .len = GR_PAGE };
+	struct uffdio_copy copy = { .dst = 1UL << 30, .len = GR_PAGE_BYTES };
 
 	if (!nothing) {
-		void *page = mmap(NULL, GR_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		void *page = mmap(NULL, GR_PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 		if (page == MAP_FAILED)
 			return ENOMEM;

@@ -65,7 +65,7 @@ static void add_fault(struct gr_lazy_worker *worker, struct gr_lazy_mm *mm, uint
 		worker->faults = grown;
 		worker->max_faults = more;
 	}
-	worker->faults[worker->nr_faults++] = (struct gr_lazy_fault){ mm, address & ~(GR_PAGE - 1), tid };
+	worker->faults[worker->nr_faults++] = (struct gr_lazy_fault){ mm, address & ~(GR_PAGE_BYTES - 1), tid };
 }
 
 /* A fork makes itself known by its first fault. */

@@ -133,7 +133,7 @@ static void note_thread(int pid, int tid, struct gr_lazy_advice *advice)
 	    advice->nr == GR_LAZY_MAX_ADVICE)
 		return;
 	advice->calls[advice->nr].start = start;
-	advice->calls[advice->nr].end = start + ((bytes + GR_PAGE - 1) & ~(GR_PAGE - 1));
+	advice->calls[advice->nr].end = start + ((bytes + GR_PAGE_BYTES - 1) & ~(GR_PAGE_BYTES - 1));
 	advice->calls[advice->nr++].advice = value;
 }
 

@@ -10,10 +10,9 @@
 #include "gr_pages_out.h"
 #include "gr_workers.h"
 
-#define PAGE_BYTES 4096UL
 /* Pages that a thread reads, sums and writes at once: they stay in its core's second cache in between. */
 #define CHUNK_PAGES 128U
-#define CHUNK_BYTES (CHUNK_PAGES * PAGE_BYTES)
+#define CHUNK_BYTES (CHUNK_PAGES * GR_PAGE_BYTES)
 
 /* What one thread works on. */
 struct chunk {
@@ -105,7 +104,7 @@ static int copy_chunks(struct job *job, struct chunk *chunk, uint64_t *bytes, st
 	while (take(job, chunk)) {
 		int ret;
 
-		if (job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED))
+		if (gr_is_cancelled(job->cancel))
 			return gr_fail(err, ECANCELED, "writing pages");
 		ret = gr_chunk_read(job->reader, chunk->index, chunk->buffer, &chunk->left, err);
 		if (ret < 0)

@@ -44,11 +44,6 @@ struct scan {
 	uint64_t zero_pfn;
 };
 
-static int cancelled(const struct scan *scan)
-{
-	return scan->cancel && __atomic_load_n(scan->cancel, __ATOMIC_RELAXED);
-}
-
 static int add_run(struct scan *scan, uint64_t start, uint64_t end, struct gr_error *err)
 {
 	return gr_page_runs_add(scan->out, scan->range_start, start, end, err);
@@ -92,7 +87,7 @@ static int scan_by_ioctl(struct scan *scan, uint64_t start, uint64_t end, int wi
 	for (arg.start = start; arg.start < end; arg.start = arg.walk_end) {
 		int nr;
 
-		if (cancelled(scan))
+		if (gr_is_cancelled(scan->cancel))
 			return gr_fail(err, ECANCELED, "scanning the pages of task %d", scan->pid);
 		do {
 			nr = ioctl(scan->fd, IOCTL_PAGEMAP_SCAN, &arg);
@@ -129,7 +124,7 @@ static int scan_by_reading(struct scan *scan, uint64_t start, uint64_t end, stru
 		uint64_t nr = (end - start) / GR_PAGE_BYTES;
 		ssize_t got;
 
-		if (cancelled(scan))
+		if (gr_is_cancelled(scan->cancel))
 			return gr_fail(err, ECANCELED, "scanning the pages of task %d", scan->pid);
 		if (nr > ENTRIES)
 			nr = ENTRIES;

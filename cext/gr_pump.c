@@ -139,7 +139,7 @@ static int run_rest(struct pump *pump, struct gr_error *err)
 	batch->nr_calls -= done;
 	for (uint32_t i = 0; i < pump->nr_chunks; i++)
 		pump->last_calls[i] -= done;
-	if (gr_pump_cancelled(pump->cancel))
+	if (gr_is_cancelled(pump->cancel))
 		return gr_fail(err, ECANCELED, "filling the memory of task %d", pump->worker->pid);
 	ret = gr_slot_run(pump->region, pump->worker->slot, pump->worker->pid, pump->cancel, err);
 	return ret < 0 ? ret : batch->status;

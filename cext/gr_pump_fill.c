@@ -137,7 +137,7 @@ static int fill_chunks(void *opaque, struct gr_error *err)
 	while (ret == 0 && (chunk = gr_pump_take(job->queue))) {
 		if (__atomic_load_n(&job->stop, __ATOMIC_RELAXED))
 			return 0;
-		if (gr_pump_cancelled(job->cancel))
+		if (gr_is_cancelled(job->cancel))
 			return gr_fail(err, ECANCELED, "filling shared memory");
 		ret = fill_chunk(job, chunk, err);
 	}

@@ -5,7 +5,6 @@
 
 #include "gr_pump.h"
 
-#define GR_PAGE_BYTES 4096UL
 #define GR_HUGE_BYTES (2UL << 20)
 #define GR_MAX_IOVECS 1024UL /* UIO_MAXIOV */
 
@@ -34,11 +33,6 @@ static inline const struct gr_chunk *gr_pump_take(struct gr_pump_queue *queue)
 	uint64_t index = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
 
 	return index < queue->nr_chunks ? &queue->chunks[index] : NULL;
-}
-
-static inline int gr_pump_cancelled(const int *cancel)
-{
-	return cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED);
 }
 
 /* Note that a chunk is in place. */

@@ -102,7 +102,7 @@ int gr_slot_wait(struct gr_region *region, uint32_t slot, int tid, int *cancel, 
 	for (int rounds = 0;; rounds++) {
 		if (__atomic_load_n(&s->state, __ATOMIC_ACQUIRE) == GR_SLOT_IDLE)
 			return 0;
-		if (cancel && __atomic_load_n(cancel, __ATOMIC_ACQUIRE))
+		if (gr_is_cancelled(cancel))
 			return gr_fail(err, ECANCELED, "waiting for task %d", tid);
 		if (rounds > 0) {
 			int ret = check_alive(tid, err);

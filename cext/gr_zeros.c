@@ -10,18 +10,3 @@ int gr_is_zero_page(const char *page)
 			return 0;
 	return 1;
 }
-
-int gr_ranges_hold(const uint64_t *starts, const uint64_t *ends, uint64_t nr, uint64_t address)
-{
-	uint64_t low = 0, high = nr;
-
-	while (low < high) {
-		uint64_t middle = low + (high - low) / 2;
-
-		if (ends[middle] <= address)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low < nr && starts[low] <= address;
-}

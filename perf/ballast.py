@@ -38,7 +38,8 @@ class Ballast:
 
     @property
     def nr_bytes(self) -> int:
-        """What is held."""
+        """What is held. The kernel takes it away first when memory is short."""
+        self._blocks = [block for block in self._blocks if block.poll() is None]
         return len(self._blocks) * _BLOCK_BYTES
 
     def leave(self, there: int, need: int) -> None:

@@ -294,13 +294,16 @@ static double touch(const struct options *options)
 	return seconds;
 }
 
-/* The memory stays ours until whoever started us closes our stdin, or has died. */
+/* The memory stays ours until whoever started us closes our stdin, or has died, or until others cannot do without it. */
 static void hold(const struct options *options)
 {
 	struct file file = { .name = "memory", .bytes = options->bytes };
 	struct queue queue = { .options = options, .files = &file, .nr_files = 1, .work = touch_chunk };
+	int oom = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
 	char byte;
 
+	if (oom < 0 || write(oom, "1000", 4) != 4)
+		DIE("/proc/self/oom_score_adj");
 	file.at = fresh(options, file.bytes);
 	answer(run(&queue), file.bytes);
 	fflush(stdout);

@@ -12,7 +12,21 @@ from gpurestore.errors import Finding, ImageError, RestoreCheckError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
 from gpurestore.images.pagemap import Pagemap, read_pagemap
-from gpurestore.tasks import births, cores, cpu, inherited, lazy, memory, mm, numa, pstree, shmem, usage, vdso
+from gpurestore.tasks import (
+    births,
+    cores,
+    cpu,
+    inherited,
+    jsonvalues,
+    lazy,
+    memory,
+    mm,
+    numa,
+    pstree,
+    shmem,
+    usage,
+    vdso,
+)
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.external import Openers
 from gpurestore.tasks.facts import ProcessFacts
@@ -125,7 +139,7 @@ def load(
     entries = pstree.checked(folder.read("pstree"))
     extension = folder.manifest.extension if folder.manifest is not None else {}
     facts = load_facts(extension)
-    mm_facts = _mapping(extension.get("mm", {}), "mm")
+    mm_facts = jsonvalues.mapping(extension.get("mm", {}), "mm")
     leaders = {entry.pid: folder.read_one("core", entry.pid) for entry in entries}
     living = [entry for entry in entries if leaders[entry.pid].tc.task_state not in pstree.DEAD]
     mms = {entry.pid: _read_mm(folder, entry.pid) for entry in living}
@@ -137,7 +151,7 @@ def load(
             entry,
             leaders[entry.pid],
             mms[entry.pid],
-            _mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}"),
+            jsonvalues.mapping(mm_facts.get(str(entry.pid), {}), f"mm.{entry.pid}"),
             pagemaps[entry.pid],
         )
         for entry in living
@@ -159,12 +173,6 @@ def load(
         ways,
         late_shared,
     )
-
-
-def _mapping(value: object, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ImageError(f"gpurestore.json: {name} is not an object")
-    return value
 
 
 def _read_mm(folder: ImageFolder, pid: int) -> pb.mm_entry:

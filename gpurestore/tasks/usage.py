@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpurestore.errors import GpurestoreError, ImageError
+from gpurestore.tasks import jsonvalues
 from gpurestore.tasks.maps import Vma
 
 _ALL_PAGES = b"1"
@@ -37,10 +38,8 @@ def collect(vmas: Sequence[Vma]) -> list[str]:
 
 def used(facts: Mapping[str, Any]) -> frozenset[int]:
     """The starts that :func:`collect` noted in a task's facts; empty where nobody watched. Raises ImageError."""
-    starts = facts.get("used", [])
-    if not isinstance(starts, list) or not all(isinstance(start, str) for start in starts):
-        raise ImageError("gpurestore.json: member 'used' is no list of addresses")
+    starts = [jsonvalues.text(start, "mm.used") for start in jsonvalues.sequence(facts.get("used", []), "mm.used")]
     try:
         return frozenset(int(start, 16) for start in starts)
     except ValueError as error:
-        raise ImageError("gpurestore.json: member 'used' holds what is no address") from error
+        raise ImageError("gpurestore.json: mm.used: not a list of addresses") from error

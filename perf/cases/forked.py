@@ -20,7 +20,7 @@ _PROBE_MIB = 16
 def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
     probe(bench, outcome)
-    mib = bench.size(512, 2048)
+    mib = bench.size(512, 2048, copies=5.5)
     what, lonely = (
         f"restore of {mib} MiB shared with {NR_WORKERS} forked workers",
         f"restore of {mib} MiB without workers",

@@ -42,5 +42,5 @@ def test_what_was_noted_is_read_again() -> None:
 
 @pytest.mark.parametrize("value", [7, [7], ["x"], {"a": 1}, None])
 def test_what_is_no_list_of_addresses_is_told(value: object) -> None:
-    with pytest.raises(ImageError, match="'used'"):
+    with pytest.raises(ImageError, match=r"mm\.used"):
         usage.used({"used": value})

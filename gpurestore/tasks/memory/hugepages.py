@@ -74,10 +74,10 @@ def describe(runs: PageRuns) -> list[list[str]]:
     return [[f"{start:x}", f"{start + nr_pages * PAGE_BYTES:x}"] for start, nr_pages in runs]
 
 
-def _kept(value: object) -> tuple[array[int], array[int]]:
+def _kept(value: Any) -> tuple[array[int], array[int]]:
     starts, ends = array("Q"), array("Q")
     try:
-        for start, end in value:  # type: ignore[attr-defined]
+        for start, end in value:
             starts.append(int(start, 16))
             ends.append(int(end, 16))
     except (TypeError, ValueError, OverflowError) as error:
