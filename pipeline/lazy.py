@@ -105,7 +105,7 @@ class LazyPages:
                 [*self._plans.values(), *self._tree.late_shared.values()],
                 staging,
                 jobs=self._stages.jobs,
-                report_fds=[*log_fds(), *stderr_fds(self._settings.detached)],
+                report_fds=[*log_fds(), *stderr_fds(self._settings.detached)] or kernel_log_fds(stack),
                 log_fd=next(iter(log_fds()), -1),
                 record_fd=record_fd,
             )
@@ -165,4 +165,13 @@ def stderr_fds(detached: bool) -> list[int]:
     with suppress(OSError):
         if not detached or stat.S_ISREG(os.fstat(2).st_mode) or os.isatty(2):
             return [2]
+    return []
+
+
+def kernel_log_fds(stack: ExitStack) -> list[int]:
+    """The kernel's log, for what nobody else would be told; none where we may not write. Closed with ``stack``."""
+    with suppress(OSError):
+        fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        return [fd]
     return []

@@ -148,6 +148,32 @@ def test_nobody_reads_zeros_from_shared_memory_when_the_handler_dies(
     assert not (victim.folder / "wrong").exists(), (victim.folder / "wrong").read_text()
 
 
+def test_the_kernels_log_tells_what_nobody_else_would_hear(tool: Tool, victims: Victims, folder: Path) -> None:
+    try:
+        kernel_log = os.open("/dev/kmsg", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"no kernel log: {error.strerror}")
+    os.lseek(kernel_log, 0, os.SEEK_END)
+    victim = victims.start("lazy", "256", "slow")
+    dump(tool, victim, folder / "images")
+    command = [sys.executable, "-m", "gpurestore", "restore", "-D", folder / "images", "-d", "--lazy", "--json"]
+    options = ["--record-faults", folder / "faults"]
+    # Its stderr is a pipe: it cannot stay open for what comes later.
+    said = subprocess.run([*command, *options], check=True, capture_output=True, timeout=60).stdout
+    handler = json.loads(said)["lazy"]["handler_pid"]
+    os.kill(handler, signal.SIGKILL)
+    processes.wait_gone(victim.pids)
+    processes.wait_until(lambda: lazy_processes() == [], "the keeper has ended")
+    lines = []
+    while True:
+        try:
+            lines.append(os.read(kernel_log, 8192).decode(errors="replace"))
+        except BlockingIOError:
+            break
+    os.close(kernel_log)
+    assert any(f"gpurestore: lazy restore: the handler (pid {handler})" in line for line in lines)
+
+
 def test_the_command_in_front_tells_that_the_handler_died(tool: Tool, victims: Victims, folder: Path) -> None:
     victim = victims.start("lazy", "256", "slow")
     dump(tool, victim, folder / "images")
