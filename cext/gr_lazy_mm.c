@@ -288,7 +288,7 @@ enum gr_lazy_outcome gr_lazy_mm_copy(struct gr_lazy_mm *mm, uint64_t address, ui
 	uint64_t at = 0, at_once = nr_pages, settled;
 
 	while (at < nr_pages) {
-		uint64_t here = address + (at << GR_PAGE_SHIFT), nr = 0;
+		uint64_t here = address + (at << GR_PAGE_SHIFT), nr;
 		enum gr_lazy_outcome outcome = GR_LAZY_PLACED;
 		struct uffdio_copy copy;
 
@@ -296,6 +296,8 @@ enum gr_lazy_outcome gr_lazy_mm_copy(struct gr_lazy_mm *mm, uint64_t address, ui
 			at++;
 			continue;
 		}
+		/* One at least: if another thread has placed it by now that is EEXIST, but to copy nothing is refused. */
+		nr = 1;
 		while (nr < at_once && at + nr < nr_pages && !gr_lazy_mm_is_done(mm, index + at + nr))
 			nr++;
 		copy = (struct uffdio_copy){ .dst = here, .src = (uint64_t)(bytes + (at << GR_PAGE_SHIFT)),
