@@ -127,6 +127,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.floors = Floors(self.programs)
         self.ballast = Ballast(self.floors.program)
+        self.needed_bytes = 0  # the most that the case at hand has asked for
         self.threads = default_threads()
 
     def size(self, quick_mib: int, full_mib: int, copies: float = 3.2) -> int:
@@ -135,12 +136,14 @@ class Bench:
         need, there = int(mib * MIB * copies), available_bytes() + self.ballast.nr_bytes
         if need > there:
             raise Skipped(f"needs {need / GIB:.1f} GiB of memory, {there / GIB:.1f} GiB are available")
-        self.ballast.leave(there, need + _SPARE_BYTES)
+        self.needed_bytes = max(self.needed_bytes, need)
+        self.ballast.leave(there, self.needed_bytes + _SPARE_BYTES)
         return mib
 
     def clear(self) -> None:
         """End what is left of a case, and give back all space."""
         processes.end_all_below(keep=self.ballast.pids)
+        self.needed_bytes = 0
         for folder in (self.folder, self.disk):
             for path in folder.iterdir():
                 if path != self.programs.folder:
