@@ -13,6 +13,8 @@ from gpurestore.tasks.frozen import FrozenTree
 
 def main() -> None:
     """Say what was seen, then wait."""
+    # Taken by sigwait: one that comes just before signal.pause would be waited for for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     tracer = core.Tracer()
     tree = FrozenTree(tracer, int(sys.argv[1]), [])
     tree.freeze()
@@ -21,7 +23,8 @@ def main() -> None:
         for thread in task.threads:
             assert task.ask([Call(NR.GETTID)], thread.tid)[0].result == thread.tid
     print("inside", flush=True)
-    signal.pause()
+    signal.sigwait([signal.SIGINT])
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
