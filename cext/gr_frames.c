@@ -24,11 +24,8 @@ struct comparison {
 
 static int open_map(struct task_map *map, struct gr_error *err)
 {
-	char path[48];
-
-	snprintf(path, sizeof(path), "/proc/%d/pagemap", map->pid);
-	map->fd = open(path, O_RDONLY | O_CLOEXEC);
-	return map->fd < 0 ? gr_fail(err, errno, "opening %s", path) : 0;
+	map->fd = gr_open_of_task(map->pid, "pagemap", O_RDONLY, err);
+	return map->fd < 0 ? map->fd : 0;
 }
 
 static int read_map(const struct task_map *map, uint64_t start, uint64_t nr, struct gr_error *err)

@@ -225,7 +225,6 @@ struct enter_request {
 static int open_host(struct gr_tracer_state *state, const struct enter_request *request, struct gr_host *host,
 		     struct gr_error *err)
 {
-	char path[64];
 	uint64_t plain;
 	int ret;
 	void *grown = realloc(state->hosts, (state->nr_hosts + 1) * sizeof(*state->hosts));
@@ -242,11 +241,8 @@ static int open_host(struct gr_tracer_state *state, const struct enter_request *
 		host->syscall_ret = plain;
 		host->sigreturn = 0;
 	}
-	snprintf(path, sizeof(path), "/proc/%d/mem", request->pid);
-	host->mem_fd = open(path, O_RDWR | O_CLOEXEC);
-	if (host->mem_fd < 0)
-		return gr_fail(err, errno, "opening %s", path);
-	return 0;
+	host->mem_fd = gr_open_of_task(request->pid, "mem", O_RDWR, err);
+	return host->mem_fd < 0 ? host->mem_fd : 0;
 }
 
 static int map_at(struct gr_tracer_state *state, struct gr_host *host, struct gr_tracee *leader, uint64_t address,

@@ -2,6 +2,7 @@
 #define GR_INTERNAL_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <unistd.h>
@@ -28,6 +29,17 @@ static inline void gr_close_fd(const int *fd)
 {
 	if (*fd >= 0)
 		close(*fd);
+}
+
+/* /proc/PID/`name`, opened with `flags`; or -errno. */
+static inline int gr_open_of_task(int pid, const char *name, int flags, struct gr_error *err)
+{
+	char path[48];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
+	fd = open(path, flags | O_CLOEXEC);
+	return fd < 0 ? gr_fail(err, errno, "opening %s", path) : fd;
 }
 
 /* Whether whoever waits for a long call wants it to end; `cancel` may be NULL. */

@@ -187,16 +187,14 @@ static int scan_ranges(struct scan *scan, const uint64_t *starts, const uint64_t
 int gr_pagescan(int pid, const uint64_t *starts, const uint64_t *ends, uint32_t nr_ranges, int what, int how,
 		int *cancel, struct gr_page_runs *out, struct gr_error *err)
 {
-	char path[48];
 	GR_CLOSE int fd = -1;
 	struct scan scan = { .pid = pid, .what = what, .cancel = cancel, .out = out };
 	int ret;
 
 	memset(out, 0, sizeof(*out));
-	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
+	fd = gr_open_of_task(pid, "pagemap", O_RDONLY, err);
 	if (fd < 0)
-		return gr_fail(err, errno, "opening %s", path);
+		return fd;
 	scan.fd = fd;
 	scan.buffer = malloc(ENTRIES * 8);
 	if (!scan.buffer)

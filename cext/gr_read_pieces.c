@@ -9,25 +9,16 @@
 
 #define WINDOW_PAGES 512UL
 
-static int open_of_task(int pid, const char *name, int *fd, struct gr_error *err)
-{
-	char path[48];
-
-	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
-	*fd = open(path, O_RDONLY | O_CLOEXEC);
-	return *fd < 0 ? gr_fail(err, errno, "opening %s", path) : 0;
-}
-
 int gr_source_open(const struct gr_pages_source *source, struct gr_opened_source *out, struct gr_error *err)
 {
-	int ret = 0;
-
 	*out = (struct gr_opened_source){ source->pid, source->source_fd, -1, -1 };
-	if (source->source_fd < 0)
-		ret = open_of_task(source->pid, "mem", &out->mem_fd, err);
-	if (source->source_fd < 0 && ret == 0)
-		ret = open_of_task(source->pid, "pagemap", &out->map_fd, err);
-	return ret;
+	if (source->source_fd >= 0)
+		return 0;
+	out->mem_fd = gr_open_of_task(source->pid, "mem", O_RDONLY, err);
+	if (out->mem_fd < 0)
+		return out->mem_fd;
+	out->map_fd = gr_open_of_task(source->pid, "pagemap", O_RDONLY, err);
+	return out->map_fd < 0 ? out->map_fd : 0;
 }
 
 void gr_source_close(struct gr_opened_source *source)
