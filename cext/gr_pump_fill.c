@@ -25,12 +25,14 @@ uint64_t gr_cached_bytes(int fd, uint64_t offset, uint64_t bytes)
 	return stat.nr_cache * GR_PAGE_BYTES;
 }
 
+static int is_mostly_cached(const struct gr_pump_source *source, const struct gr_chunk *chunk)
+{
+	return gr_cached_bytes(source->fd, chunk->file_offset, chunk->bytes) >= chunk->bytes / 2;
+}
+
 int gr_pump_is_cold(const struct gr_pump_source *source, const struct gr_chunk *chunk)
 {
-	if (source->direct_fd < 0)
-		return 0;
-	return source->always_direct ||
-	       gr_cached_bytes(source->fd, chunk->file_offset, chunk->bytes) < chunk->bytes / 2;
+	return source->direct_fd >= 0 && (source->always_direct || !is_mostly_cached(source, chunk));
 }
 
 struct fill_job {
@@ -82,11 +84,12 @@ static int read_chunk(const struct fill_job *job, const struct gr_chunk *chunk, 
 	return read_vectors(fd, chunk->file_offset, chunk->bytes, vectors, chunk->nr, err);
 }
 
-/* Whether a chunk's pages can be put in place from the page cache, which most of them should be in. */
+/* Whether the pages of a chunk that is not read directly can be put in place: from the page cache, that is. */
 static int is_for_placing(const struct fill_job *job, const struct gr_chunk *chunk)
 {
+	/* Where direct reads are possible it is known by now that the chunk is cached. */
 	return job->placing && !is_huge(job, chunk) &&
-	       gr_cached_bytes(job->source->fd, chunk->file_offset, chunk->bytes) >= chunk->bytes / 2;
+	       (job->source->direct_fd >= 0 || is_mostly_cached(job->source, chunk));
 }
 
 static int place_chunk(const struct fill_job *job, const struct gr_chunk *chunk)
