@@ -164,15 +164,12 @@ class Making:
         self._strip(parent)
         pids = [birth.pid for birth in births]
         self._born += pids
-        places = [self._region.slot_address(self._plan.slots[pid]) for pid in pids]
-        self._call(
-            parent,
-            [
-                cloning.birth(birth.pid, parent, place, birth.exit_signal)
-                for birth, place in zip(births, places, strict=True)
-            ],
-        )
+        self._call(parent, [cloning.birth(b.pid, parent, self._slot_of(b.pid), b.exit_signal) for b in births])
         self._tracer.adopt(pids)
+
+    def _slot_of(self, tid: int) -> int:
+        """The address of the slot that a thread serves."""
+        return self._region.slot_address(self._plan.slots[tid])
 
     def _strip(self, pid: int) -> None:
         """What a task does before anything else. From then on it dies with the tracer, not with its parent."""
@@ -203,8 +200,7 @@ class Making:
 
     def _make_threads(self, task: TaskPlan) -> None:
         if tids := self._tree.tasks[task.pid].tids[1:]:
-            slots = [self._region.slot_address(self._plan.slots[tid]) for tid in tids]
-            self._call(task.pid, [cloning.thread(tid, slot) for tid, slot in zip(tids, slots, strict=True)])
+            self._call(task.pid, [cloning.thread(tid, self._slot_of(tid)) for tid in tids])
             self._tracer.adopt(tids, of=task.pid)
 
     def _put_ancestral(self, task: TaskPlan) -> None:

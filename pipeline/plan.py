@@ -13,8 +13,7 @@ from gpurestore import core
 from gpurestore.batch import Call
 from gpurestore.core import ThreadState
 from gpurestore.pipeline.load import LoadedTask, LoadedTree
-from gpurestore.syscalls import NR
-from gpurestore.tasks import cores, fs, maps, memory, mm, pstree, shmem, vdso
+from gpurestore.tasks import cloning, cores, fs, maps, memory, mm, pstree, shmem, vdso
 from gpurestore.tasks.births import Births
 from gpurestore.tasks.descriptors import plan_close_staged, plan_descriptors
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES
@@ -22,7 +21,6 @@ from gpurestore.tasks.memory import Reading, hugepages
 from gpurestore.tasks.pstree import TreePlan
 from gpurestore.tasks.restorer import Restorer
 
-_PR_SET_PDEATHSIG = 1
 _LARGE_BYTES = 64 << 20
 _MIN_COLD_BYTES = 16 << 20
 
@@ -167,7 +165,7 @@ def _plan_task(
         pid=pid,
         strip=[
             *process.early,
-            Call(NR.PRCTL, (_PR_SET_PDEATHSIG, 0), "outlive the parent"),
+            cloning.outlive_parent(),
             *mm.plan_strip(plan.region, plan.hole_end, own, task.mm, kept),
         ],
         files=[

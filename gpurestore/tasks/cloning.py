@@ -6,22 +6,29 @@ import struct
 
 from gpurestore.batch import Call, Data
 from gpurestore.syscalls import NR
+from gpurestore.tasks import signals
+from gpurestore.tasks.calls import prctl
+from gpurestore.tasks.prctls import PR_SET_PDEATHSIG
 
 # clone(2): what makes a thread: VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
 THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000
-SIGCHLD = 17
 # clone_args of 5.5, the first with set_tid: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
 # set_tid, set_tid_size
 _CLONE_ARGS = struct.Struct("=10Q")
 _SET_TID_AT = 64
 
 
-def birth(pid: int, parent: int, slot_address: int, exit_signal: int = SIGCHLD) -> Call:
+def birth(pid: int, parent: int, slot_address: int, exit_signal: int = signals.SIGCHLD) -> Call:
     """Clone the task ``pid``, for ``parent`` to do; the newborn serves the slot at ``slot_address``.
 
-    It dies with its parent: take that back (prctl(2), PR_SET_PDEATHSIG) when somebody else looks after it.
+    It dies with its parent until it does :func:`outlive_parent`.
     """
     return _clone(pid, 0, exit_signal, (slot_address, parent), f"clone task {pid}")
+
+
+def outlive_parent() -> Call:
+    """For a newborn that somebody else looks after."""
+    return prctl(PR_SET_PDEATHSIG, 0, what="outlive the parent")
 
 
 def thread(tid: int, slot_address: int) -> Call:

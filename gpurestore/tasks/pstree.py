@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from gpurestore.tasks.frozen import FrozenTree
 
 OUTSIDE = 0  # stands for whatever session or group the restorer is in
-_SIGCHLD = 17
 _PR_SET_DUMPABLE = 4
 _WALL = 0x40000000
 _SIG_UNBLOCK = 1
@@ -41,7 +40,7 @@ class Birth(NamedTuple):
 
     pid: int
     parent: int | None
-    exit_signal: int = _SIGCHLD
+    exit_signal: int = signals.SIGCHLD
     helper: bool = False
 
 
@@ -226,12 +225,12 @@ def _plan_tree(entries: Sequence[pb.pstree_entry], exit_signals: Mapping[int, in
         children = tree.children[pid]
         early = [c for c in children if tree.leads_session(pid) and tree.born_in[c] not in (None, pid)]
         for child in early:
-            planned.tree.append(Birth(child, pid, exit_signals.get(child, _SIGCHLD)))
+            planned.tree.append(Birth(child, pid, exit_signals.get(child, signals.SIGCHLD)))
         if tree.leads_session(pid):
             planned.tree.append(Run(pid, (Call(NR.SETSID, (), f"found session {pid}", want=pid),)))
         late = [c for c in children if c not in set(early)]
         for child in late:
-            planned.tree.append(Birth(child, pid, exit_signals.get(child, _SIGCHLD)))
+            planned.tree.append(Birth(child, pid, exit_signals.get(child, signals.SIGCHLD)))
         waiting += [*early, *late]
     _plan_groups(tree, planned)
     return planned
