@@ -16,10 +16,7 @@ def chains(graph: Graph, nodes: Sequence[Node], fits: Callable[[Node], bool]) ->
     first stage has begun. Where several stages could go on, the one with the longest way behind it does.
     """
     needs = _Needs(graph)
-    followers: dict[Node, list[Node]] = {node: [] for node in graph.after}
-    for node in nodes:
-        for needed in graph.after[node]:
-            followers[needed].append(node)
+    followers = graph.followers(nodes)
     way: dict[Node, int] = {}
     for node in reversed(nodes):
         way[node] = 1 + max((way[other] for other in followers[node]), default=0)

@@ -106,6 +106,14 @@ class Graph:
                 raise ValueError(f"{node} needs {', '.join(missing)}, which does not come before it")
             seen.add(node)
 
+    def followers(self, nodes: Iterable[Node]) -> dict[Node, list[Node]]:
+        """Of each node of the graph, which of ``nodes`` need it."""
+        followers: dict[Node, list[Node]] = {node: [] for node in self.after}
+        for node in nodes:
+            for other in self.after[node]:
+                followers[other].append(node)
+        return followers
+
     @property
     def nodes(self) -> list[Node]:
         """All stages, each after those that it needs."""

@@ -49,11 +49,9 @@ class Walk:
         if lost := [str(node) for node in self._spans if node not in graph.after]:
             raise ValueError(f"the longer graph has no {', '.join(lost)}")
         self.graph = graph
-        self._followers: dict[Node, list[Node]] = {node: [] for node in graph.after}
-        for node, needed in graph.after.items():
+        self._followers = graph.followers(graph.after)
+        for node in graph.after:
             self._ended.setdefault(node, trio.Event())
-            for other in needed:
-                self._followers[other].append(node)
 
     @asynccontextmanager
     async def stage(self, node: Node) -> AsyncIterator[Span]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -93,7 +94,7 @@ class Two:
     def place(self, chain: object) -> trio.CapacityLimiter:
         return self.limiter
 
-    async def run_in_thread(self, call, *args) -> None:  # type: ignore[no-untyped-def]
+    async def run_in_thread(self, call: Callable[..., None], *args: object) -> None:
         await trio.to_thread.run_sync(call, *args)
 
     def check(self) -> None:
