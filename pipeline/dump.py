@@ -215,7 +215,8 @@ class _Dump:
     async def _observe(self, blocking: Blocking) -> None:
         """Let the tree show which memory it uses. Tasks that are born meanwhile show it anyway."""
         async with self._spans.span("observe"):
-            usage.forget(await blocking.run(tree_of, self._pid))
+            pids = await blocking.run(tree_of, self._pid)
+            await blocking.run(usage.forget, pids)
             await trio.sleep(self._observe_s)
 
     async def _freeze(self, blocking: Blocking, tree: FrozenTree, devices: Devices) -> None:
