@@ -50,11 +50,6 @@ class Ballast:
         while len(self._blocks) < wanted:
             self._take()
 
-    def release(self) -> None:
-        """Hold nothing."""
-        while self._blocks:
-            self._drop()
-
     def _take(self) -> None:
         block = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._blocks.append(block)

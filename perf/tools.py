@@ -109,7 +109,7 @@ class Criu:
         )
         try:
             while not socket.exists() and daemon.poll() is None:
-                time.sleep(0.001)
+                time.sleep(0.001)  # its start is measured: no longer than that
             self._timed("restore", images, ["-d", "--lazy-pages"])
             yield
             if code := daemon.wait(wait_s):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
-
-PERF = Path(__file__).parents[2] / "perf"
-sys.path.insert(0, str(PERF))
-
-from cases.lazy import PacedCriu  # noqa: E402
-from measure import Broken  # noqa: E402
-from suite import Outcome  # noqa: E402
-from support.victims import Victim  # noqa: E402
-from tools import Criu  # noqa: E402
+from cases.lazy import PacedCriu
+from measure import Broken
+from suite import Outcome
+from support.victims import Victim
+from tools import Criu
 
 if TYPE_CHECKING:
     from subject import Subject

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from gpurestore.images.writer import ImageWriter
 
 
-class AnyPagesFile:
+class AnyPagesFile(ABC):
     """A pages image in the making: runs are written one behind the other, each by several threads.
 
     ``size`` are the bytes of the pages that it holds.
@@ -50,9 +51,10 @@ class AnyPagesFile:
         flags = array("I", [PRESENT]) * len(stored)
         write_pagemap(self._writer, kind, ident, self._pages_id, stored.vaddrs, stored.nr_pages, flags)
 
+    @abstractmethod
     def _add(self, pid: int, fd: int, runs: PageRuns, kept: Sequence[tuple[int, int]]) -> PageRuns:
-        raise NotImplementedError
+        """Append pages of the task ``pid``, or (``fd`` not negative) of an object."""
 
+    @abstractmethod
     def _end(self) -> None:
         """All pages are there."""
-        raise NotImplementedError

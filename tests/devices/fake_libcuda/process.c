@@ -58,6 +58,13 @@ static int remake(int there)
 	return code;
 }
 
+/* What comes back may be on another device; without `uuid` it is on the one that it was on. */
+static void take_uuid(const char uuid[33])
+{
+	if (uuid[0])
+		memcpy(own.uuid, uuid, sizeof own.uuid);
+}
+
 static void obey(const char *request)
 {
 	char verb[32] = "", uuid[33] = "";
@@ -71,8 +78,7 @@ static void obey(const char *request)
 	else if (!strcmp(verb, "checkpoint"))
 		own.state = move(1) ? FAILED : CHECKPOINTED;
 	else if (!strcmp(verb, "restore")) {
-		if (uuid[0])
-			memcpy(own.uuid, uuid, sizeof uuid);
+		take_uuid(uuid);
 		own.state = move(0) ? FAILED : LOCKED;
 	} else if (!strcmp(verb, "export")) {
 		own.state = CHECKPOINTING;
@@ -80,8 +86,7 @@ static void obey(const char *request)
 	} else if (!strcmp(verb, "exported"))
 		own.state = remake(0) ? FAILED : CHECKPOINTED;
 	else if (!strcmp(verb, "import")) {
-		if (uuid[0])
-			memcpy(own.uuid, uuid, sizeof uuid);
+		take_uuid(uuid);
 		own.state = remake(1) ? FAILED : RESTORING;
 	} else if (!strcmp(verb, "imported")) {
 		own.state = LOCKED;
