@@ -19,7 +19,7 @@ from gpurestore.pipeline.load import LoadedTree
 from gpurestore.pipeline.plan import RestorePlan
 from gpurestore.pipeline.stages import Stages
 from gpurestore.tasks.lazy import read_fault_order
-from gpurestore.tasks.memory import lazy
+from gpurestore.tasks.memory import lazy, userfaultfd
 from gpurestore.tasks.memory.lazy import LazyHandler, LazyStatus
 
 
@@ -117,13 +117,9 @@ class LazyPages:
         slot, plan = planned.slots[pid], self._plans[pid]
         fd = region.run(slot, pid, lazy.plan_userfaultfd(), cancel)[0].result
         region.run(slot, pid, lazy.plan_register(fd, plan.watched), cancel)
-        pidfd = os.pidfd_open(pid)
+        uffd = userfaultfd.take(pid, fd)
         try:
-            uffd = core.pidfd_getfd(pidfd, fd)
-        finally:
-            os.close(pidfd)
-        try:
-            region.run(slot, pid, lazy.plan_close(fd), cancel)
+            region.run(slot, pid, userfaultfd.plan_close(fd), cancel)
             self._handler.add(pid, uffd, cancel)
         finally:
             os.close(uffd)

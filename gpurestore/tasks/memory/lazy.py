@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from gpurestore.batch import Call, Data, InOut, Ref
+from gpurestore.batch import Call, Ref
 from gpurestore.core import Cancel, check, ffi, lib, new_error
 from gpurestore.errors import CoreError, Finding, GpurestoreError
-from gpurestore.syscalls import NR
+from gpurestore.tasks.memory import userfaultfd
 from gpurestore.tasks.memory.runs import default_jobs, u64
 
 if TYPE_CHECKING:
@@ -28,16 +27,14 @@ Span = tuple[int, int]  # addresses [start, end)
 # While faults are recorded the fill would hide them: it begins when there were none for so long.
 _RECORD_QUIET_MS: Final = 1000
 
-# include/uapi/linux/userfaultfd.h
-_UFFD_API: Final = 0xAA
-# FORK, REMAP, REMOVE, MISSING_SHMEM, UNMAP, THREAD_ID
-_EVENTS_AND_THREADS: Final = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8
-_UFFDIO_API: Final = 0xC018AA3F
-_UFFDIO_REGISTER: Final = 0xC020AA00
-_REGISTER_MISSING: Final = 1
-_API = struct.Struct("=QQQ")  # api, features, ioctls
-_REGISTER = struct.Struct("=QQQQ")  # start, bytes, mode, ioctls
-_O_NONBLOCK_CLOEXEC: Final = os.O_NONBLOCK | os.O_CLOEXEC
+_FEATURES: Final = (
+    userfaultfd.EVENT_FORK
+    | userfaultfd.EVENT_REMAP
+    | userfaultfd.EVENT_REMOVE
+    | userfaultfd.MISSING_SHMEM
+    | userfaultfd.EVENT_UNMAP
+    | userfaultfd.THREAD_ID
+)
 
 
 class LazyView(NamedTuple):
@@ -113,29 +110,13 @@ def obstacle() -> Finding | None:
 
 def plan_userfaultfd() -> list[Call]:
     """Make a userfaultfd; the first result is its descriptor. Faults of the kernel are reported, too."""
-    api = InOut(_API.pack(_UFFD_API, _EVENTS_AND_THREADS, 0))
-    return [
-        Call(NR.USERFAULTFD, (_O_NONBLOCK_CLOEXEC,), "making a userfaultfd"),
-        Call(NR.IOCTL, (Ref(0), _UFFDIO_API, api), "asking userfaultfd for events", want=0),
-    ]
+    flags = userfaultfd.O_NONBLOCK | userfaultfd.O_CLOEXEC
+    return [*userfaultfd.plan_open(flags), *userfaultfd.plan_api(Ref(0), _FEATURES)]
 
 
-def plan_register(fd: int, ranges: Sequence[Span]) -> list[Call]:
+def plan_register(uffd: int, ranges: Sequence[Span]) -> list[Call]:
     """Have missing pages of ``ranges`` reported. Nothing may have touched them before."""
-    return [
-        Call(
-            NR.IOCTL,
-            (fd, _UFFDIO_REGISTER, Data(_REGISTER.pack(start, end - start, _REGISTER_MISSING, 0))),
-            f"registering {start:x}-{end:x} for lazy pages",
-            want=0,
-        )
-        for start, end in ranges
-    ]
-
-
-def plan_close(fd: int) -> list[Call]:
-    """The task needs no descriptor of it."""
-    return [Call(NR.CLOSE, (fd,), "closing the userfaultfd", want=0)]
+    return userfaultfd.plan_register(uffd, ranges, userfaultfd.MISSING)
 
 
 # ---- the handler
