@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,9 @@ def test_a_process_without_cuda_costs_no_driver(fake: FakeCuda, host: Host) -> N
     plugin = host.plugin(Stage.DUMP)
     victim = fake.start()
     fake.end()
-    run(dump, plugin, os.getppid(), victim)
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        run(dump, plugin, sleeper.pid, victim)
+        sleeper.kill()
     assert driver_module.load.cache_info().misses == 0
     assert not plugin.used
     assert not (host.images / "cuda.json").exists()
