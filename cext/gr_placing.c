@@ -59,7 +59,7 @@ static int register_object(struct gr_placing *placing)
 	return 0;
 }
 
-int gr_placing_create(uint64_t mapped_at, uint64_t bytes, int fd, struct gr_placing *out)
+int gr_placing_of_object(uint64_t mapped_at, uint64_t bytes, int fd, struct gr_placing *out)
 {
 	int ret;
 
@@ -69,6 +69,17 @@ int gr_placing_create(uint64_t mapped_at, uint64_t bytes, int fd, struct gr_plac
 		ret = map_object(mapped_at, bytes, out);
 	if (ret == 0)
 		ret = register_object(out);
+	if (ret < 0)
+		gr_placing_destroy(out);
+	return ret;
+}
+
+int gr_placing_of_task(int uffd, int fd, struct gr_placing *out)
+{
+	int ret;
+
+	*out = (struct gr_placing){ .uffd = uffd };
+	ret = map_file(fd, out);
 	if (ret < 0)
 		gr_placing_destroy(out);
 	return ret;
@@ -112,7 +123,8 @@ int gr_placing_put(const struct gr_placing *placing, uint64_t offset, const void
 
 void gr_placing_forget(const struct gr_placing *placing, uint64_t offset, uint64_t bytes)
 {
-	madvise((void *)(placing->object + offset), bytes, MADV_DONTNEED);
+	if (placing->object)
+		madvise((void *)(placing->object + offset), bytes, MADV_DONTNEED);
 }
 
 void gr_placing_close(const void *range, uint64_t bytes)

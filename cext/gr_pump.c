@@ -16,6 +16,8 @@
  */
 #define MAX_MOVES 64
 #define MOVE_PAUSE_US 200
+/* Shorter runs come in faster by one vectored read than by a call for each. */
+#define MIN_PLACED_RUN_BYTES (32UL << 10)
 
 /* linux/userfaultfd.h of Linux 6.8, which the build machine's headers may lack. */
 struct move {
@@ -221,7 +223,13 @@ static int run_batch(struct pump *pump, uint32_t *nr_done, struct gr_error *err)
 	return 0;
 }
 
-/* One wake's worth: `first` and what follows it in the queue. `*next` is the chunk that found no room. */
+static int is_for_placing(const struct pump *pump, const struct gr_chunk *chunk)
+{
+	return pump->worker->placing && !chunk->unplaceable && !moves(pump, chunk) &&
+	       chunk->bytes >= chunk->nr * MIN_PLACED_RUN_BYTES && !gr_pump_is_cold(pump->source, chunk);
+}
+
+/* One wake's worth: `first` and what follows it in the queue. `*next` is the chunk that is not for this, or found no room. */
 static int run_once(struct pump *pump, const struct gr_chunk *first, const struct gr_chunk **next, struct gr_error *err)
 {
 	const struct gr_chunk *chunks[MAX_CHUNKS];
@@ -230,7 +238,7 @@ static int run_once(struct pump *pump, const struct gr_chunk *first, const struc
 
 	*next = first;
 	begin_batch(pump);
-	while (*next && add_chunk(pump, *next))
+	while (*next && (*next == first || !is_for_placing(pump, *next)) && add_chunk(pump, *next))
 		*next = gr_pump_take(pump->queue);
 	nr = pump->nr_chunks;
 	memcpy(chunks, pump->chunks, nr * sizeof(*chunks));
@@ -257,8 +265,14 @@ int gr_pump_run(struct gr_region *region, const struct gr_pump_worker *worker, c
 	const struct gr_chunk *chunk = gr_pump_take(queue);
 	int ret = 0;
 
-	while (ret == 0 && chunk)
-		ret = run_once(&pump, chunk, &chunk, err);
+	while (ret == 0 && chunk) {
+		if (gr_is_cancelled(cancel))
+			return gr_fail(err, ECANCELED, "filling the memory of task %d", worker->pid);
+		if (is_for_placing(&pump, chunk) && gr_pump_place(queue, worker->placing, source, chunk))
+			chunk = gr_pump_take(queue);
+		else
+			ret = run_once(&pump, chunk, &chunk, err);
+	}
 	return ret;
 }
 

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 #include "gr_error.h"
+#include "gr_placing.h"
 #include "gr_region.h"
 
 /*
@@ -19,20 +20,21 @@ struct gr_pump_queue;
 enum { GR_PUMP_STAGING_BYTES = 4194304 };
 
 /*
- * What an address range means to a pagemap entry. FILL: its pages are read. FILL_HUGE: the same, and blocks may become
- * huge pages. SKIP: they are in the file, but the kernel gives them anew (vdso). REFUSE: nothing may be there.
+ * What an address range means to a pagemap entry. FILL: its pages are read. FILL_EMPTY: the same, and as there is no page
+ * yet, they may be placed as whole pages. FILL_HUGE: the same, and blocks may become huge pages. SKIP: they are in the
+ * file, but the kernel gives them anew (vdso). REFUSE: nothing may be there.
  */
-enum gr_pump_kind { GR_PUMP_FILL, GR_PUMP_SKIP, GR_PUMP_REFUSE, GR_PUMP_FILL_HUGE };
+enum gr_pump_kind { GR_PUMP_FILL, GR_PUMP_SKIP, GR_PUMP_REFUSE, GR_PUMP_FILL_HUGE, GR_PUMP_FILL_EMPTY };
 
-/* What a queue does with a range (`touched`): nothing, it writes there, it writes huge pages there as well. */
-enum gr_pump_touch { GR_PUMP_UNTOUCHED, GR_PUMP_WRITTEN, GR_PUMP_WRITTEN_HUGE };
+/* What a queue does with a range, bits of `touched`: it writes there, moves huge pages there, places small ones there. */
+enum gr_pump_touch { GR_PUMP_WRITTEN = 1, GR_PUMP_MOVED = 2, GR_PUMP_PLACED = 4 };
 
 /* The address ranges of a task, or the one range of an object: ascending, apart from each other, page-aligned. */
 struct gr_pump_ranges {
 	const uint64_t *starts;
 	const uint64_t *ends;
 	const uint8_t *kinds;
-	uint8_t *touched; /* out: enum gr_pump_touch */
+	uint8_t *touched; /* out: bits of enum gr_pump_touch */
 	uint64_t nr;
 };
 
@@ -72,7 +74,7 @@ struct gr_pump_counts {
 	uint64_t done_bytes;
 	uint64_t moved_bytes;  /* of done_bytes: that came to their place by UFFDIO_MOVE, or through a huge mapping */
 	uint64_t direct_bytes; /* of done_bytes: that were read past the page cache */
-	uint64_t placed_bytes; /* of done_bytes: that were put into an object as whole pages, by gr_pump_fill */
+	uint64_t placed_bytes; /* of done_bytes: that were placed as whole pages */
 };
 void gr_pump_queue_counts(const struct gr_pump_queue *queue, struct gr_pump_counts *out);
 
@@ -87,15 +89,16 @@ struct gr_pump_source {
 struct gr_pump_worker {
 	uint32_t slot;
 	int pid;
-	int uffd;         /* the task's, all ranges that are WRITTEN_HUGE registered; or -1: everything is read plainly */
+	int uffd;         /* the task's, all ranges that are MOVED registered; or -1: nothing is moved */
 	uint32_t reserved;
 	uint64_t staging; /* address of its staging mapping */
+	const struct gr_placing *placing; /* of the task, all ranges that are PLACED registered; or NULL: nothing is placed */
 };
 
 /*
- * Take chunks until the queue is empty and have the thread that serves the worker's slot read them into its own memory.
- * One caller per slot; several slots may work on one queue. `cancel` (may be NULL) is polled between batches of a few
- * MiB. What cannot be moved or read directly after all is read plainly.
+ * Take chunks until the queue is empty, and place their pages, or have the thread that serves the worker's slot read them
+ * into its own memory. One caller per slot; several slots may work on one queue. `cancel` (may be NULL) is polled between
+ * batches of a few MiB. What cannot be placed, moved or read directly after all is read plainly.
  */
 int gr_pump_run(struct gr_region *region, const struct gr_pump_worker *worker, const struct gr_pump_source *source,
 		struct gr_pump_queue *queue, int *cancel, struct gr_error *err);

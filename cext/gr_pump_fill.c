@@ -35,6 +35,41 @@ int gr_pump_is_cold(const struct gr_pump_source *source, const struct gr_chunk *
 	return source->direct_fd >= 0 && (source->always_direct || !is_mostly_cached(source, chunk));
 }
 
+static int place_runs(const struct gr_placing *placing, const struct iovec *runs, uint32_t nr, const char *from)
+{
+	int ret = 0;
+
+	for (uint32_t i = 0; ret == 0 && i < nr; i++) {
+		ret = gr_placing_put(placing, (uint64_t)runs[i].iov_base, from, runs[i].iov_len);
+		from += runs[i].iov_len;
+	}
+	return ret;
+}
+
+int gr_pump_place(struct gr_pump_queue *queue, const struct gr_placing *placing, const struct gr_pump_source *source,
+		  const struct gr_chunk *chunk)
+{
+	const struct iovec *runs = &queue->iovecs[chunk->first], *last = &runs[chunk->nr - 1];
+	uint64_t start = (uint64_t)runs->iov_base, end = (uint64_t)last->iov_base + last->iov_len;
+	const char *from;
+	int ret;
+
+	/* Where direct reads are possible it is known by now that the chunk is cached. */
+	if (source->direct_fd < 0 && !is_mostly_cached(source, chunk))
+		return 0;
+	from = gr_placing_open(placing, chunk->file_offset, chunk->bytes);
+	if (!from)
+		return 0;
+	ret = place_runs(placing, runs, chunk->nr, from);
+	gr_placing_forget(placing, start, end - start);
+	gr_placing_close(from, chunk->bytes);
+	if (ret < 0)
+		return 0;
+	gr_pump_done(queue, chunk, 0, 0);
+	__atomic_fetch_add(&queue->placed_bytes, chunk->bytes, __ATOMIC_RELAXED);
+	return 1;
+}
+
 struct fill_job {
 	struct gr_pump_queue *queue;
 	const struct gr_pump_memory *memory;
@@ -84,42 +119,14 @@ static int read_chunk(const struct fill_job *job, const struct gr_chunk *chunk, 
 	return read_vectors(fd, chunk->file_offset, chunk->bytes, vectors, chunk->nr, err);
 }
 
-/* Whether the pages of a chunk that is not read directly can be put in place: from the page cache, that is. */
-static int is_for_placing(const struct fill_job *job, const struct gr_chunk *chunk)
-{
-	/* Where direct reads are possible it is known by now that the chunk is cached. */
-	return job->placing && !is_huge(job, chunk) &&
-	       (job->source->direct_fd >= 0 || is_mostly_cached(job->source, chunk));
-}
-
-static int place_chunk(const struct fill_job *job, const struct gr_chunk *chunk)
-{
-	const char *from = gr_placing_open(job->placing, chunk->file_offset, chunk->bytes), *at = from;
-	const struct iovec *vectors = &job->queue->iovecs[chunk->first], *last = &vectors[chunk->nr - 1];
-	uint64_t start = (uint64_t)vectors->iov_base, end = (uint64_t)last->iov_base + last->iov_len;
-	int ret = 0;
-
-	if (!from)
-		return -EFAULT;
-	for (uint32_t i = 0; ret == 0 && i < chunk->nr; i++) {
-		ret = gr_placing_put(job->placing, (uint64_t)vectors[i].iov_base, at, vectors[i].iov_len);
-		at += vectors[i].iov_len;
-	}
-	gr_placing_forget(job->placing, start, end - start);
-	gr_placing_close(from, chunk->bytes);
-	return ret;
-}
-
 /* What cannot be put in place is read there, and what cannot be read past the page cache after all through it. */
 static int fill_chunk(const struct fill_job *job, const struct gr_chunk *chunk, struct gr_error *err)
 {
 	int direct = gr_pump_is_cold(job->source, chunk), ret = -1;
 
-	if (!direct && is_for_placing(job, chunk) && place_chunk(job, chunk) == 0) {
-		gr_pump_done(job->queue, chunk, 0, 0);
-		__atomic_fetch_add(&job->queue->placed_bytes, chunk->bytes, __ATOMIC_RELAXED);
+	if (!direct && job->placing && !is_huge(job, chunk) &&
+	    gr_pump_place(job->queue, job->placing, job->source, chunk))
 		return 0;
-	}
 	if (direct)
 		ret = read_chunk(job, chunk, job->source->direct_fd, err);
 	if (ret < 0) {
@@ -155,7 +162,7 @@ int gr_pump_fill(struct gr_pump_queue *queue, const struct gr_pump_memory *memor
 	int ret;
 
 	if (queue->total_bytes >= GR_PLACING_MIN_BYTES &&
-	    gr_placing_create(memory->base, memory->bytes, source->fd, &placing) == 0)
+	    gr_placing_of_object(memory->base, memory->bytes, source->fd, &placing) == 0)
 		job.placing = &placing;
 	if (nr_threads > queue->nr_chunks)
 		nr_threads = (uint32_t)queue->nr_chunks;

@@ -15,7 +15,8 @@ struct gr_chunk {
 	uint64_t huge_start; /* the blocks [huge_start, huge_start + huge_bytes) are to become huge pages */
 	uint64_t huge_bytes; /* 0: plain */
 	uint32_t nr;
-	uint32_t full; /* takes no more, even if it is a bit below the size wanted */
+	uint16_t full; /* takes no more, even if it is a bit below the size wanted */
+	uint16_t unplaceable; /* some of its pages belong to ranges that are not PLACED */
 };
 
 struct gr_pump_queue {
@@ -44,6 +45,13 @@ static inline void gr_pump_done(struct gr_pump_queue *queue, const struct gr_chu
 	if (direct)
 		__atomic_fetch_add(&queue->direct_bytes, chunk->bytes, __ATOMIC_RELAXED);
 }
+
+/*
+ * Place the pages of a chunk that is not to be read past the page cache: from there, where most of it is. 1: done and
+ * noted; 0: not possible, and nothing has changed that reading the chunk does not mend.
+ */
+int gr_pump_place(struct gr_pump_queue *queue, const struct gr_placing *placing, const struct gr_pump_source *source,
+		  const struct gr_chunk *chunk);
 
 /* Whether a chunk is better read past the page cache: most of it is not there. */
 int gr_pump_is_cold(const struct gr_pump_source *source, const struct gr_chunk *chunk);

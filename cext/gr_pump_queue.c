@@ -1,5 +1,6 @@
 #include <stdlib.h>
 #include <string.h>
+#include <sys/param.h>
 
 #include "gr_internal.h"
 #include "gr_pump_internal.h"
@@ -25,7 +26,8 @@ struct builder {
 	uint64_t block_bytes; /* of all pieces */
 	uint64_t block_offset; /* of the first, in the file; the others follow it */
 	int is_candidate;
-	int made_huge; /* whether a block of the range at hand became a huge chunk */
+	int made_huge;    /* whether a block of the range at hand became a huge chunk */
+	int is_placeable; /* whether pages of the range at hand may be placed */
 };
 
 static int reserve(void **array, uint64_t nr, uint64_t *max, size_t size, struct gr_error *err)
@@ -86,9 +88,11 @@ static struct gr_chunk *open_chunk(struct gr_pump_queue *queue, uint64_t file_of
 }
 
 /* Queue plain reads. Cuts fall on borders of huge pages, so that no two threads fault in the same one. */
-static int add_plain(struct gr_pump_queue *queue, uint64_t address, uint64_t bytes, uint64_t file_offset,
+static int add_plain(const struct builder *builder, uint64_t address, uint64_t bytes, uint64_t file_offset,
 		     struct gr_error *err)
 {
+	struct gr_pump_queue *queue = builder->queue;
+
 	while (bytes) {
 		struct gr_chunk *chunk = open_chunk(queue, file_offset, err);
 		uint64_t part, border;
@@ -110,6 +114,7 @@ static int add_plain(struct gr_pump_queue *queue, uint64_t address, uint64_t byt
 		if (add_vector(queue, chunk, address, part, err) < 0)
 			return -err->code;
 		chunk->full = part < bytes;
+		chunk->unplaceable |= !builder->is_placeable;
 		address += part;
 		file_offset += part;
 		bytes -= part;
@@ -154,7 +159,7 @@ static int flush_block(struct builder *builder, struct gr_error *err)
 	for (uint64_t i = 0; i < builder->nr_pieces; i++) {
 		const struct piece *piece = &builder->pieces[i];
 		int ret = is_huge ? add_vector(builder->queue, chunk, piece->address, piece->bytes, err) :
-				    add_plain(builder->queue, piece->address, piece->bytes, offset, err);
+				    add_plain(builder, piece->address, piece->bytes, offset, err);
 
 		if (ret < 0)
 			return ret;
@@ -213,10 +218,10 @@ static int add_part(struct builder *builder, const struct gr_pump_ranges *ranges
 	if (ranges->kinds[i] == GR_PUMP_SKIP)
 		return 0;
 	builder->queue->total_bytes += stop - start;
-	if (ranges->touched[i] == GR_PUMP_UNTOUCHED)
-		ranges->touched[i] = GR_PUMP_WRITTEN;
-	if (ranges->kinds[i] == GR_PUMP_FILL)
-		return add_plain(builder->queue, start, stop - start, file_offset, err);
+	ranges->touched[i] |= GR_PUMP_WRITTEN;
+	builder->is_placeable = ranges->touched[i] & GR_PUMP_PLACED;
+	if (ranges->kinds[i] != GR_PUMP_FILL_HUGE)
+		return add_plain(builder, start, stop - start, file_offset, err);
 	return add_in_blocks(builder, start, stop - start, file_offset, ranges->starts[i], ranges->ends[i], err);
 }
 
@@ -226,7 +231,7 @@ static int leave_range(struct builder *builder, const struct gr_pump_ranges *ran
 	int ret = flush_block(builder, err);
 
 	if (builder->made_huge)
-		ranges->touched[i] = GR_PUMP_WRITTEN_HUGE;
+		ranges->touched[i] |= GR_PUMP_MOVED;
 	builder->made_huge = 0;
 	return ret;
 }
@@ -282,34 +287,74 @@ static int check_ranges(const struct gr_pump_ranges *ranges, struct gr_error *er
 		if (start % GR_PAGE_BYTES || end % GR_PAGE_BYTES || start < previous_end || end <= start)
 			return gr_fail(err, EINVAL, "mapping %#lx-%#lx is empty or out of order", start, end);
 		previous_end = end;
-		ranges->touched[i] = GR_PUMP_UNTOUCHED;
+		ranges->touched[i] = 0;
 	}
 	return 0;
+}
+
+static int check_entries(const struct gr_pump_pagemap *pagemap, uint64_t file_bytes, struct gr_error *err)
+{
+	uint64_t previous_end = 0, file_offset = 0;
+
+	for (uint64_t i = 0; i < pagemap->nr; i++) {
+		uint64_t start = pagemap->vaddrs[i], bytes;
+
+		if (check_entry(start, pagemap->nr_pages[i], pagemap->flags[i], previous_end, i, err) < 0)
+			return -err->code;
+		bytes = pagemap->nr_pages[i] * GR_PAGE_BYTES;
+		if (bytes > file_bytes - file_offset)
+			return gr_fail(err, EINVAL, "the pages at %#lx-%#lx lie behind the end of a file of %lu bytes",
+				       start, start + bytes, file_bytes);
+		file_offset += bytes;
+		previous_end = start + bytes;
+	}
+	return 0;
+}
+
+/* Find the ranges whose pages may be placed: empty ones with so much that to register them pays. */
+static void mark_placed(const struct gr_pump_pagemap *pagemap, const struct gr_pump_ranges *ranges)
+{
+	uint64_t i = 0;
+
+	for (uint64_t at = 0; at < ranges->nr; at++) {
+		uint64_t bytes = 0;
+		int is_empty = ranges->kinds[at] == GR_PUMP_FILL_EMPTY || ranges->kinds[at] == GR_PUMP_FILL_HUGE;
+
+		/* What an entry has beyond the range belongs to those behind it. */
+		for (; i < pagemap->nr && pagemap->vaddrs[i] < ranges->ends[at]; i++) {
+			uint64_t start = pagemap->vaddrs[i], end = start + pagemap->nr_pages[i] * GR_PAGE_BYTES;
+
+			bytes += MIN(end, ranges->ends[at]) - MAX(start, ranges->starts[at]);
+			if (end > ranges->ends[at])
+				break;
+		}
+		if (is_empty && bytes >= GR_PLACING_MIN_BYTES)
+			ranges->touched[at] = GR_PUMP_PLACED;
+	}
+}
+
+static int add_entries(struct builder *builder, const struct gr_pump_pagemap *pagemap,
+		       const struct gr_pump_ranges *ranges, struct gr_error *err)
+{
+	uint64_t file_offset = 0, at = 0;
+
+	for (uint64_t i = 0; i < pagemap->nr; i++) {
+		uint64_t start = pagemap->vaddrs[i], bytes = pagemap->nr_pages[i] * GR_PAGE_BYTES;
+
+		if (add_entry(builder, ranges, &at, start, start + bytes, file_offset, err) < 0)
+			return -err->code;
+		file_offset += bytes;
+	}
+	return at < ranges->nr ? leave_range(builder, ranges, at, err) : 0;
 }
 
 static int build(struct builder *builder, const struct gr_pump_pagemap *pagemap, const struct gr_pump_ranges *ranges,
 		 uint64_t file_bytes, struct gr_error *err)
 {
-	uint64_t previous_end = 0, file_offset = 0, at = 0;
-	int ret = check_ranges(ranges, err);
-
-	for (uint64_t i = 0; ret == 0 && i < pagemap->nr; i++) {
-		uint64_t start = pagemap->vaddrs[i], bytes;
-
-		ret = check_entry(start, pagemap->nr_pages[i], pagemap->flags[i], previous_end, i, err);
-		if (ret < 0)
-			break;
-		bytes = pagemap->nr_pages[i] * GR_PAGE_BYTES;
-		if (bytes > file_bytes - file_offset)
-			return gr_fail(err, EINVAL, "the pages at %#lx-%#lx lie behind the end of a file of %lu bytes",
-				       start, start + bytes, file_bytes);
-		ret = add_entry(builder, ranges, &at, start, start + bytes, file_offset, err);
-		file_offset += bytes;
-		previous_end = start + bytes;
-	}
-	if (ret == 0 && at < ranges->nr)
-		ret = leave_range(builder, ranges, at, err);
-	return ret;
+	if (check_ranges(ranges, err) < 0 || check_entries(pagemap, file_bytes, err) < 0)
+		return -err->code;
+	mark_placed(pagemap, ranges);
+	return add_entries(builder, pagemap, ranges, err);
 }
 
 int gr_pump_queue_create(const struct gr_pump_pagemap *pagemap, const struct gr_pump_ranges *ranges,

@@ -99,7 +99,7 @@ void gr_scatter_begin_object(struct gr_scatter *scatter, uint64_t base, uint64_t
 	const struct piece *last = scatter->nr ? &scatter->pieces[scatter->nr - 1] : NULL;
 
 	scatter->has_placing = last && last->offset + last->bytes >= GR_PLACING_MIN_BYTES &&
-			       gr_placing_create(base, bytes, -1, &scatter->placing) == 0;
+			       gr_placing_of_object(base, bytes, -1, &scatter->placing) == 0;
 }
 
 void gr_scatter_end_object(struct gr_scatter *scatter)

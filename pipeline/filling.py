@@ -64,7 +64,7 @@ class Filling:
         self._region, self._pages = region, pages
         self._run = stages.blocking.run
         self._cancel = stages.blocking.cancel
-        self._crews = Crews(planned, pid_max, region, tracer, self._cancel)
+        self._crews = Crews(planned, pid_max, region, tracer, self._cancel, pages)
         if any(source.direct_fd >= 0 for source in pages.values()) and stages.jobs > 1:
             # Most of them only wait for the disk.
             stages.memory_workers.total_tokens = max(stages.jobs, memory.COLD_WORKERS)
@@ -81,7 +81,7 @@ class Filling:
             return
         crew = await self._run(self._crews.assemble, loaded)
         async with trio.open_nursery() as nursery:
-            for number, worker in enumerate(crew, 1):
+            for number, worker in enumerate(crew.workers, 1):
                 nursery.start_soon(self._pump, loaded, worker, number, span)
         await self._run(self._crews.dismiss, loaded, crew)
         _tell(span, pages)
@@ -98,7 +98,7 @@ class Filling:
         span.watch(pages.total_bytes, lambda: pages.done_bytes)
         crew = self._crews.assemble(loaded)
         with self._stages.spans.span("pump", track=_worker_track(span, 1), part_of=span):
-            self._fill(loaded, crew[0])
+            self._fill(loaded, crew.workers[0])
         self._crews.dismiss(loaded, crew)
         _tell(span, pages)
 
@@ -119,9 +119,9 @@ class Filling:
     async def _populate_all(self, loaded: LoadedTask, span: Span) -> None:
         """Put huge pages where compressed pages are to be written: only a task's own threads can do that."""
         crew = await self._run(self._crews.assemble, loaded)
-        if crew[0].uffd >= 0:
+        if crew.has_staging:
             async with trio.open_nursery() as nursery:
-                for number, worker in enumerate(crew, 1):
+                for number, worker in enumerate(crew.workers, 1):
                     nursery.start_soon(self._populate, loaded, worker, number, span)
         await self._run(self._crews.dismiss, loaded, crew)
 
@@ -165,4 +165,10 @@ def _worker_track(memory_span: Span, number: int) -> str:
 
 def _tell(span: Span, pages: memory.PagePlan) -> None:
     """What became of the memory of a task."""
-    span.set(bytes=pages.total_bytes, huge_bytes=pages.counts.moved_bytes, direct_bytes=pages.counts.direct_bytes)
+    counts = pages.counts
+    span.set(
+        bytes=pages.total_bytes,
+        huge_bytes=counts.moved_bytes,
+        placed_bytes=counts.placed_bytes,
+        direct_bytes=counts.direct_bytes,
+    )

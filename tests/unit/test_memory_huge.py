@@ -34,7 +34,7 @@ from gpurestore.images.writer import ImageWriter
 from gpurestore.syscalls import NR
 from gpurestore.tasks import maps, memory, vmaflags
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES as BLOCK
-from gpurestore.tasks.memory import HugePages, PagePlan, Worker, filling, hugepages
+from gpurestore.tasks.memory import HugePages, PagePlan, Worker, filling, hugepages, placing, userfaultfd
 from gpurestore.tasks.memory.hugepages import HugeBlocks
 
 Runs = list[tuple[int, int]]
@@ -93,8 +93,9 @@ def open_uffd(child: AgentChild, made: PagePlan, place: int) -> int:
     if not made.huge:
         pytest.skip("this machine gives no transparent huge pages")
     try:
-        uffd = child.run(hugepages.plan_open())[0].result
-        child.run(hugepages.plan_begin(uffd, made.huge, staging_of(place), 1))
+        uffd = child.run(placing.plan_open())[0].result
+        child.run(placing.plan_register(uffd, made.huge, userfaultfd.MOVE))
+        child.run(hugepages.plan_staging(staging_of(place), 1))
     except CallFailedError as error:
         pytest.skip(f"this kernel cannot move pages: {error}")
     return uffd
@@ -125,7 +126,7 @@ def test_dense_blocks_become_huge_and_the_mapping_stays_as_it_was(folder: Path, 
         before = [vma for vma in child.vmas() if vma.start < place + 4 * BLOCK and vma.end > place]
         uffd = open_uffd(child, made, place)
         made.run(region, Worker(child.pid, 0, uffd, staging_of(place)), source)
-        child.run(hugepages.plan_end(uffd, staging_of(place), 1))
+        child.run([*userfaultfd.plan_close(uffd), *hugepages.plan_no_staging(staging_of(place), 1)])
         expect(child, runs)
         assert child.read(place + 612 * PAGE, 32 * PAGE) == bytes(32 * PAGE)
         assert huge_bytes(child.pid, place) == 2 * BLOCK
@@ -163,7 +164,7 @@ def test_huge_pages_are_there_before_anything_is_written_but_not_over_pages_that
         made = plan(found, place)
         uffd = open_uffd(child, made, place)
         made.populate(region, Worker(child.pid, 0, uffd, staging_of(place)))
-        child.run(hugepages.plan_end(uffd, staging_of(place), 1))
+        child.run([*userfaultfd.plan_close(uffd), *hugepages.plan_no_staging(staging_of(place), 1)])
         assert child.read(place, 4 * BLOCK) == bytes(2 * BLOCK + 9 * PAGE) + b"M" * PAGE + bytes(2 * BLOCK - 10 * PAGE)
         assert huge_bytes(child.pid, place) >= 2 * BLOCK
         assert made.counts.moved_bytes == 2 * BLOCK

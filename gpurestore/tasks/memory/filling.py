@@ -22,6 +22,7 @@ from gpurestore.tasks.maps import PAGE_BYTES
 from gpurestore.tasks.memory import hugepages
 from gpurestore.tasks.memory.compressed import CompressedPages
 from gpurestore.tasks.memory.hugepages import HugeBlocks, HugePages
+from gpurestore.tasks.memory.placing import Placing
 from gpurestore.tasks.memory.runs import default_jobs, u64
 from gpurestore.tasks.memory.sources import (
     COLD_CHUNK_BYTES,
@@ -35,8 +36,8 @@ from gpurestore.tasks.memory.sources import (
 if TYPE_CHECKING:
     from gpurestore.images.folder import ImageFolder
 
-_FILL, _SKIP, _REFUSE, _FILL_HUGE = 0, 1, 2, 3  # enum gr_pump_kind
-_WRITTEN_HUGE = 2  # enum gr_pump_touch
+_FILL, _SKIP, _REFUSE, _FILL_HUGE, _FILL_EMPTY = range(5)  # enum gr_pump_kind
+_MOVED, _PLACED = 2, 4  # enum gr_pump_touch
 
 # What one preadv of a restore brings in: large enough to forget the cost of a call, small enough to share and cancel.
 CHUNK_BYTES: Final = 4 << 20
@@ -55,17 +56,22 @@ DEFAULT_WAYS: Final = Ways()
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A thread of a task that serves ``slot``. With a ``uffd`` of the task, huge pages go through ``staging``."""
+    """A thread of a task that serves ``slot``.
+
+    With a ``uffd`` of the task, huge pages go through ``staging``; with a ``placing``, small ones are put there.
+    """
 
     tid: int
     slot: int
     uffd: int = -1
     staging: int = 0
+    placing: Placing | None = None
 
     @property
     def handle(self) -> Any:
-        """The ``struct gr_pump_worker *``."""
-        return ffi.new("struct gr_pump_worker *", (self.slot, self.tid, self.uffd, 0, self.staging))
+        """The ``struct gr_pump_worker *``, valid for as long as ``placing`` is open."""
+        placing = self.placing.handle if self.placing is not None else ffi.NULL
+        return ffi.new("struct gr_pump_worker *", (self.slot, self.tid, self.uffd, 0, self.staging, placing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ class PagePlan:
     pages_name: str
     filled: frozenset[int]  # starts of the mappings that it writes to
     huge: tuple[tuple[int, int], ...]  # mappings that get huge pages, from start to end
+    placed: tuple[tuple[int, int], ...]  # mappings in which small pages may be placed
     cold_bytes: int  # of the pages image: not in the page cache when this was planned
     total_bytes: int
     handle: Any
@@ -95,7 +102,7 @@ class PagePlan:
 
     @property
     def placed_bytes(self) -> int:
-        """How much of that was put into an object of shared memory as whole pages."""
+        """How much of that was placed as whole pages."""
         if self.compressed is not None:
             return self.compressed.placed_bytes
         return int(self.counts.placed_bytes)
@@ -160,14 +167,14 @@ def plan_pages(
     """Check the pagemap of a task against its mappings and its pages image. Raises ImageError; changes nothing.
 
     ``mm`` went through :func:`gpurestore.tasks.mm.validate`. What lies in the mappings whose starts are in ``later`` is
-    checked, but left out. In those in ``kept`` there are pages from the parent already: no huge ones can come there.
-    ``pagemap`` is the task's, for callers that have it.
+    checked, but left out. In those in ``kept`` there are pages from the parent already: none can be moved or placed
+    there. ``pagemap`` is the task's, for callers that have it.
     """
     vmas = [vma for vma in mm.vmas if not vmaflags.is_guard(vma) and not vma.status & vmaflags.VSYSCALL]
     if mm.thp_disabled:
         huge = None
     kinds = bytes(
-        _SKIP if vma.start in later else _pump_kind(vma, huge is not None and vma.start not in kept) for vma in vmas
+        _SKIP if vma.start in later else _pump_kind(vma, huge is not None, vma.start not in kept) for vma in vmas
     )
     starts, ends = array("Q", [vma.start for vma in vmas]), array("Q", [vma.end for vma in vmas])
     pagemap = read_pagemap(folder, "pagemap", pid) if pagemap is None else pagemap
@@ -235,14 +242,15 @@ def read_page_bytes(folder: ImageFolder, pagemap: Pagemap, start: int, end: int)
         return os.pread(pages.fileno(), end - start, offset)
 
 
-def _pump_kind(vma: pb.vma_entry, huge: bool) -> int:
+def _pump_kind(vma: pb.vma_entry, huge: bool, is_empty: bool) -> int:
     if vmaflags.is_kernels(vma):
         return _SKIP
     if not vmaflags.is_private(vma):
         return _REFUSE
     # In a private mapping of a file the pages that are not stored are the file's.
-    may_be_huge = vma.status & vmaflags.ANON_PRIVATE and not vma.madv >> vmaflags.MADV_NOHUGEPAGE & 1
-    return _FILL_HUGE if huge and may_be_huge else _FILL
+    if not is_empty or not vma.status & vmaflags.ANON_PRIVATE:
+        return _FILL
+    return _FILL_HUGE if huge and not vma.madv >> vmaflags.MADV_NOHUGEPAGE & 1 else _FILL_EMPTY
 
 
 Ranges: TypeAlias = "tuple[array[int], array[int], bytes]"  # starts, ends, kinds
@@ -263,13 +271,16 @@ def _plan(
     name = f"{folder.path}/{pagemap_name}"
     handle, touched = _create_queue(pagemap, ranges, huge, image.stream_bytes, chunk_bytes, name)
     starts, ends, kinds = ranges
+
+    def touched_as(what: int) -> tuple[tuple[int, int], ...]:
+        return tuple((start, end) for start, end, bits in zip(starts, ends, touched, strict=True) if bits & what)
+
     skips = [(start, end) for start, end, what in zip(starts, ends, kinds, strict=True) if what == _SKIP]
     return PagePlan(
         pages_name=image.name,
-        filled=frozenset(start for start, flag in zip(starts, touched, strict=True) if flag),
-        huge=tuple(
-            (start, end) for start, end, flag in zip(starts, ends, touched, strict=True) if flag == _WRITTEN_HUGE
-        ),
+        filled=frozenset(start for start, bits in zip(starts, touched, strict=True) if bits),
+        huge=touched_as(_MOVED),
+        placed=touched_as(_PLACED),
         cold_bytes=nr_cold_bytes,
         total_bytes=int(_counts(handle).total_bytes),
         handle=handle,

@@ -2,21 +2,20 @@
 
 ``madvise(MADV_HUGEPAGE)`` would leave a flag that has no neutral reset, and split a mapping that is only partly dense.
 So pages are read into a staging mapping of the worker that has the flag, and from there whole page table entries are
-moved to where they belong (``UFFDIO_MOVE``, Linux 6.8). A mapping is registered with userfaultfd as a whole and for as
-long as that takes. Where the kernel does not offer this, pages are read to their places as they are.
+moved to where they belong (``UFFDIO_MOVE``, Linux 6.8). Where the kernel does not offer this, what comes in are small
+pages.
 """
 
 from __future__ import annotations
 
-import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from gpurestore.batch import Call, InOut
+from gpurestore.batch import Call
 from gpurestore.core import lib
 from gpurestore.errors import ImageError
 from gpurestore.syscalls import NR
@@ -29,12 +28,6 @@ STAGING_BYTES: Final = int(lib.GR_PUMP_STAGING_BYTES)
 MIN_PAGES: Final = 480
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
-_O_CLOEXEC, _USER_MODE_ONLY = 0o2000000, 1
-# linux/userfaultfd.h
-_API: Final = struct.Struct("=QQQ")
-_REGISTER: Final = struct.Struct("=QQQQ")
-_UFFD_API, _FEATURE_MOVE, _MODE_WP = 0xAA, 1 << 16, 2
-_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 _PROT_READ_WRITE = 3
 _STAGING_FLAGS = vmaflags.MAP_PRIVATE | vmaflags.MAP_ANONYMOUS | vmaflags.MAP_NORESERVE | vmaflags.MAP_FIXED_NOREPLACE
 
@@ -114,15 +107,9 @@ def _choice(name: str) -> str | None:
     return text.partition("[")[2].partition("]")[0]
 
 
-def plan_open() -> list[Call]:
-    """The task gets a userfaultfd, whose number is the result. No right is needed: it handles no fault."""
-    return [Call(NR.USERFAULTFD, (_O_CLOEXEC | _USER_MODE_ONLY,), "opening a userfaultfd to move pages with")]
-
-
-def plan_begin(uffd: int, ranges: Sequence[tuple[int, int]], staging: int, nr_workers: int) -> list[Call]:
-    """Register mappings, map the staging of all workers. Fails where the kernel cannot move pages."""
-    calls = [
-        Call(NR.IOCTL, (uffd, _UFFDIO_API, InOut(_API.pack(_UFFD_API, _FEATURE_MOVE, 0))), "asking for UFFDIO_MOVE"),
+def plan_staging(staging: int, nr_workers: int) -> list[Call]:
+    """Map the staging of all workers."""
+    return [
         Call(
             NR.MMAP,
             (staging, nr_workers * STAGING_BYTES, _PROT_READ_WRITE, _STAGING_FLAGS, -1, 0),
@@ -136,19 +123,11 @@ def plan_begin(uffd: int, ranges: Sequence[tuple[int, int]], staging: int, nr_wo
             want=0,
         ),
     ]
-    for start, end in ranges:
-        # Write protection is never used. Of all modes it is the one in which an untouched page costs nothing extra.
-        argument = InOut(_REGISTER.pack(start, end - start, _MODE_WP, 0))
-        calls.append(Call(NR.IOCTL, (uffd, _UFFDIO_REGISTER, argument), f"registering {start:x}-{end:x}"))
-    return calls
 
 
-def plan_end(uffd: int, staging: int, nr_workers: int) -> list[Call]:
-    """Closing it takes the registration off all mappings and joins them again as they were."""
-    return [
-        Call(NR.CLOSE, (uffd,), "closing the userfaultfd", want=0),
-        Call(NR.MUNMAP, (staging, nr_workers * STAGING_BYTES), "unmapping room for huge pages", want=0),
-    ]
+def plan_no_staging(staging: int, nr_workers: int) -> list[Call]:
+    """Unmap it."""
+    return [Call(NR.MUNMAP, (staging, nr_workers * STAGING_BYTES), "unmapping room for huge pages", want=0)]
 
 
 def staging_bytes(nr_workers: int) -> int:
