@@ -57,9 +57,12 @@ def summary_row(outcome: Outcome, what: str) -> list[str] | None:
 
 def goals(outcomes: Sequence[Outcome]) -> list[str]:
     """What was demanded, and whether it was reached; and what could not be measured."""
-    rows = [["goal", "wanted", "measured", ""]]
+    rows = [["goal", "wanted", "measured", "", "fastest runs"]]
     for outcome in outcomes:
-        rows += [[goal.what, goal.wanted, goal.measured, "" if goal.is_met else "missed"] for goal in outcome.goals]
+        rows += [
+            [goal.what, goal.wanted, goal.measured, "" if goal.is_met else "missed", goal.fastest]
+            for goal in outcome.goals
+        ]
     lines = markdown_table(rows) if len(rows) > 1 else ["None was measured."]
     left_out = [f"- {outcome.title}: not measured: {outcome.skipped}." for outcome in outcomes if outcome.skipped]
     left_out += [f"- {outcome.title}: FAILED: {outcome.failed}" for outcome in outcomes if outcome.failed]

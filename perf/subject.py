@@ -29,8 +29,10 @@ class Subject:
         where: Path | None = None,
         dump_options: Sequence[str] = (),
         with_criu: bool = True,
+        copies: int = 1,
     ) -> None:
-        self.bench, self.outcome = bench, outcome
+        """``copies``: how often a restore needs the memory of the tree; two where the page cache takes as much."""
+        self.bench, self.outcome, self._copies = bench, outcome, copies
         self.folder = (where or bench.folder) / f"{victim}-{next(_NUMBERS)}"
         self.folder.mkdir()
         self.images, self.criu_images = self.folder / "images", self.folder / "criu"
@@ -85,7 +87,7 @@ class Subject:
 
     def warm_up(self) -> None:
         """Touch as much memory as a restore needs, with some room for page tables and the tool."""
-        self.bench.floors.touch(self.nr_bytes * 17 // 16)
+        self.bench.floors.touch(self._copies * self.nr_bytes * 17 // 16)
 
     def verify(self) -> None:
         """The restored tree checks its memory and ends."""
@@ -116,12 +118,22 @@ def subject(
     where: Path | None = None,
     dump_options: Sequence[str] = (),
     with_criu: bool = True,
+    copies: int = 1,
 ) -> Iterator[Subject]:
     """A :class:`Subject`; nothing of it is left afterwards, whatever happens."""
     folder = where or bench.folder
     before = set(folder.iterdir())
     try:
-        yield Subject(bench, outcome, victim, *arguments, where=where, dump_options=dump_options, with_criu=with_criu)
+        yield Subject(
+            bench,
+            outcome,
+            victim,
+            *arguments,
+            where=where,
+            dump_options=dump_options,
+            with_criu=with_criu,
+            copies=copies,
+        )
     finally:
         processes.end_all_below(keep=bench.ballast.pids)
         for path in set(folder.iterdir()) - before:

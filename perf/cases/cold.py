@@ -20,7 +20,7 @@ def run(bench: Bench, outcome: Outcome) -> None:
     """Measure."""
     mib = bench.size(512, 4096, copies=2.2)
     what = f"cold restore of {mib} MiB"
-    with subject(bench, outcome, "idle", mib, where=bench.disk) as tree:
+    with subject(bench, outcome, "idle", mib, where=bench.disk, copies=2) as tree:
         (pages,) = pages_files(tree.images)
         if left_in_cache(bench, tree.images):
             raise Skipped(f"files in {bench.disk} cannot be dropped from the page cache; name a folder with --disk")
