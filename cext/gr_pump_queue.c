@@ -8,6 +8,10 @@
 #define BLOCK_PAGES (GR_HUGE_BYTES / GR_PAGE_BYTES)
 #define ADDRESS_LIMIT (1UL << 63)
 
+/* A task that pages are placed in needs a userfaultfd and a mapping of its image, each range a call to register it. */
+#define MIN_PLACED_BYTES (16UL << 20)
+#define MIN_PLACED_RANGE_BYTES (512UL << 10)
+
 #define PE_PARENT 1u
 #define PE_PRESENT 4u
 
@@ -311,10 +315,10 @@ static int check_entries(const struct gr_pump_pagemap *pagemap, uint64_t file_by
 	return 0;
 }
 
-/* Find the ranges whose pages may be placed: empty ones with so much that to register them pays. */
+/* Find the ranges whose pages may be placed: empty ones, where there is so much that it pays. */
 static void mark_placed(const struct gr_pump_pagemap *pagemap, const struct gr_pump_ranges *ranges)
 {
-	uint64_t i = 0;
+	uint64_t i = 0, total = 0;
 
 	for (uint64_t at = 0; at < ranges->nr; at++) {
 		uint64_t bytes = 0;
@@ -328,9 +332,13 @@ static void mark_placed(const struct gr_pump_pagemap *pagemap, const struct gr_p
 			if (end > ranges->ends[at])
 				break;
 		}
-		if (is_empty && bytes >= GR_PLACING_MIN_BYTES)
+		if (is_empty && bytes >= MIN_PLACED_RANGE_BYTES) {
 			ranges->touched[at] = GR_PUMP_PLACED;
+			total += bytes;
+		}
 	}
+	if (total < MIN_PLACED_BYTES)
+		memset(ranges->touched, 0, ranges->nr);
 }
 
 static int add_entries(struct builder *builder, const struct gr_pump_pagemap *pagemap,

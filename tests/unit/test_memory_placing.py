@@ -24,7 +24,7 @@ from gpurestore.tasks import maps, memory, vmaflags
 from gpurestore.tasks.memory import PagePlan, PagesSource, Worker, placing, userfaultfd
 from gpurestore.tasks.memory.placing import Placing
 
-NR = 8192
+NR = 14000
 LONG = [(0, 3000), *((page, 20) for page in range(3005, 5000, 30))]
 SHORT = [(page, 5) for page in range(5100, 8000, 9)]
 CHUNK = 1 << 20
@@ -150,15 +150,20 @@ def test_a_task_that_dies_meanwhile_is_an_error(folder: Path, region: Region, st
 
 def test_only_empty_anonymous_memory_with_enough_pages_is_placed(folder: Path, start: int) -> None:
     """Not a little of it, not what a child has from its parent, not a private mapping of a file."""
-    edges = [start + page * PAGE for page in (0, 1000, 2000, 3000, 4000)]
+    edges = [start + page * PAGE for page in (0, 1000, 7000, 8000, 14000)]
     vmas = [
         area(edges[0], 1000),
-        area(edges[1], 1000),
+        area(edges[1], 6000),
         area(edges[2], 1000, vmaflags.FILE_PRIVATE),
-        area(edges[3], 1000, madv=1 << vmaflags.MADV_NOHUGEPAGE),
+        area(edges[3], 6000, madv=1 << vmaflags.MADV_NOHUGEPAGE),
     ]
-    runs = [(0, 10), (1000, 100), (2000, 100), (3000, 100)]
+    runs = [(0, 10), (1000, 5000), (7000, 500), (8000, 5000)]
     with planned(folder, start, runs), ImageFolder(folder / "images") as found:
         mm = pb.mm_entry(vmas=vmas)
         assert memory.plan_pages(found, 1, mm).placed == ((edges[1], edges[2]), (edges[3], edges[4]))
         assert memory.plan_pages(found, 1, mm, kept=[edges[1]]).placed == ((edges[3], edges[4]),)
+
+
+def test_nothing_is_placed_in_a_small_task(folder: Path, start: int) -> None:
+    with planned(folder, start, [(0, 4000)]) as (made, _):
+        assert made.placed == ()
