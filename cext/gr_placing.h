@@ -38,7 +38,10 @@ void gr_placing_destroy(struct gr_placing *placing);
 /* Make a range of the file ready to be read: where it lies; or NULL. Any number of threads may be at theirs. */
 const void *gr_placing_open(const struct gr_placing *placing, uint64_t file_offset, uint64_t bytes);
 
-/* Put whole pages at `offset` of the object, or an address of the task. -errno where not all of it was put there; -EEXIST: a page was there already. */
+/*
+ * Put whole pages at `offset` of the object, or at that address of the task. -errno where not all of it was put there;
+ * -EEXIST: a page was there already.
+ */
 int gr_placing_put(const struct gr_placing *placing, uint64_t offset, const void *from, uint64_t bytes);
 
 /*

@@ -229,7 +229,7 @@ static int is_for_placing(const struct pump *pump, const struct gr_chunk *chunk)
 	       chunk->bytes >= chunk->nr * MIN_PLACED_RUN_BYTES && !gr_pump_is_cold(pump->source, chunk);
 }
 
-/* One wake's worth: `first` and what follows it in the queue. `*next` is the chunk that is not for this, or found no room. */
+/* One wake's worth: `first` and what follows it in the queue. `*next` is to be placed instead, or found no room. */
 static int run_once(struct pump *pump, const struct gr_chunk *first, const struct gr_chunk **next, struct gr_error *err)
 {
 	const struct gr_chunk *chunks[MAX_CHUNKS];
