@@ -24,8 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from floors import Floors
 from measure import (
     GPURESTORE,
+    MIB,
     RESULTS,
     ROOT,
     Broken,
@@ -109,6 +111,7 @@ class Tree:
     def __init__(self, programs: Programs, folder: Path, tasks: int, mib: int, late: float) -> None:
         folder.mkdir()
         self.tasks, self.late = tasks, late
+        self._floors, self._nr_bytes = Floors(programs), mib * MIB
         self.images, self.log = folder / "images", folder / "calls"
         self.victim = Victim.start(programs.program("holders"), folder / "victim", str(tasks), str(mib // tasks))
         timed([*GPURESTORE, "dump", "-t", str(self.victim.pid), "-D", self.images])
@@ -127,6 +130,7 @@ class Tree:
         command += ["-L", str(PLUGINS)]
         for name, value in options.items():
             command += ["--plugin-option", f"overlap_device.{name}={value}"]
+        self._floors.touch(self._nr_bytes * 17 // 16)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Broken(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")

@@ -111,7 +111,7 @@ class Outcome:
     def want_below(self, what: str, limit: float, value: float, unit: str, fastest: float | None = None) -> None:
         """Demand that a quantity stays below a limit."""
         best = "" if fastest is None else f"{fastest:.3g} {unit}"
-        self.goals.append(Goal(what, f"below {limit:g} {unit}", f"{value:.3g} {unit}", value < limit, best))
+        self.goals.append(Goal(what, f"below {limit:.3g} {unit}", f"{value:.3g} {unit}", value < limit, best))
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
