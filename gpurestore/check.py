@@ -24,10 +24,6 @@ from gpurestore.tasks.maps import PAGE_BYTES
 
 _PTRACE_SEIZE, _PTRACE_DETACH = 0x4206, 17
 # linux/userfaultfd.h and linux/fs.h
-_UFFD_USER_MODE_ONLY = 1
-_UFFDIO_API = 0xC018AA3F
-_UFFD_API = 0xAA
-_UFFD_FEATURE_MOVE = 1 << 16
 _PAGEMAP_SCAN = 0xC0606610
 _KCMP_FILE = 0
 
@@ -205,9 +201,11 @@ def _cachestat() -> str | None:
 
 
 def _move_pages() -> str | None:
-    fd = _syscall(NR.USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
+    from gpurestore.tasks.memory import userfaultfd
+
+    fd = _syscall(NR.USERFAULTFD, os.O_CLOEXEC | userfaultfd.USER_MODE_ONLY)
     try:
-        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("=3Q", _UFFD_API, _UFFD_FEATURE_MOVE, 0)))
+        fcntl.ioctl(fd, userfaultfd.UFFDIO_API, bytearray(userfaultfd.api(userfaultfd.MOVE)))
     finally:
         os.close(fd)
     return None

@@ -110,8 +110,7 @@ def obstacle() -> Finding | None:
 
 def plan_userfaultfd() -> list[Call]:
     """Make a userfaultfd; the first result is its descriptor. Faults of the kernel are reported, too."""
-    flags = userfaultfd.O_NONBLOCK | userfaultfd.O_CLOEXEC
-    return [*userfaultfd.plan_open(flags), *userfaultfd.plan_api(Ref(0), _FEATURES)]
+    return [*userfaultfd.plan_open(os.O_NONBLOCK | os.O_CLOEXEC), *userfaultfd.plan_api(Ref(0), _FEATURES)]
 
 
 def plan_register(uffd: int, ranges: Sequence[Span]) -> list[Call]:

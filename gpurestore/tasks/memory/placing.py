@@ -16,7 +16,7 @@ from gpurestore.tasks.memory import userfaultfd
 
 def plan_open() -> list[Call]:
     """The task gets a userfaultfd that handles no fault; the result is its number."""
-    return userfaultfd.plan_open(userfaultfd.O_CLOEXEC | userfaultfd.USER_MODE_ONLY)
+    return userfaultfd.plan_open(os.O_CLOEXEC | userfaultfd.USER_MODE_ONLY)
 
 
 def plan_register(uffd: int, ranges: Sequence[tuple[int, int]], features: int = 0) -> list[Call]:

@@ -11,13 +11,14 @@ from gpurestore import core
 from gpurestore.batch import Call, InOut, Ref
 from gpurestore.syscalls import NR
 
-# fcntl.h and linux/userfaultfd.h
-O_CLOEXEC, O_NONBLOCK, USER_MODE_ONLY = 0o2000000, 0o4000, 1
+# linux/userfaultfd.h
+USER_MODE_ONLY = 1
 EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, MISSING_SHMEM, EVENT_UNMAP, THREAD_ID = 2, 4, 8, 32, 64, 256
 MOVE = 1 << 16
 MISSING, WRITE_PROTECT = 1, 2
+UFFDIO_API: Final = 0xC018AA3F
+_UFFDIO_REGISTER: Final = 0xC020AA00
 _UFFD_API: Final = 0xAA
-_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 _API: Final = struct.Struct("=QQQ")  # api, features, ioctls
 _REGISTER: Final = struct.Struct("=QQQQ")  # start, bytes, mode, ioctls
 
@@ -27,10 +28,15 @@ def plan_open(flags: int) -> list[Call]:
     return [Call(NR.USERFAULTFD, (flags,), "making a userfaultfd")]
 
 
+def api(features: int) -> bytes:
+    """The argument of UFFDIO_API, which fails where the kernel lacks one of the ``features``."""
+    return _API.pack(_UFFD_API, features, 0)
+
+
 def plan_api(uffd: int | Ref, features: int) -> list[Call]:
-    """Has to come first, and once. Fails where the kernel lacks one of the ``features``."""
-    argument = InOut(_API.pack(_UFFD_API, features, 0))
-    return [Call(NR.IOCTL, (uffd, _UFFDIO_API, argument), f"asking userfaultfd for the features {features:#x}", want=0)]
+    """Has to come first, and once."""
+    what = f"asking userfaultfd for the features {features:#x}"
+    return [Call(NR.IOCTL, (uffd, UFFDIO_API, InOut(api(features))), what, want=0)]
 
 
 def plan_register(uffd: int, ranges: Sequence[tuple[int, int]], mode: int) -> list[Call]:
