@@ -105,6 +105,10 @@ class Floors:
         options = ["--threads", str(default_threads()), "--chunk", str(4 * MIB), "--memory", "huge"]
         self._run("touch", *options, "--bytes", str(max(_MIN_TOUCH, nr_bytes)))
 
+    def warm_up(self, nr_bytes: int) -> None:
+        """The same for a dump or restore of ``nr_bytes``, with some room for page tables and the tool."""
+        self.touch(nr_bytes * 17 // 16)
+
     def evict(self, files: Sequence[Path]) -> int:
         """Drop files from the page cache; the bytes that stayed there nevertheless."""
         return self._run("evict", *files)[1]

@@ -130,7 +130,7 @@ class Tree:
         command += ["-L", str(PLUGINS)]
         for name, value in options.items():
             command += ["--plugin-option", f"overlap_device.{name}={value}"]
-        self._floors.touch(self._nr_bytes * 17 // 16)
+        self._floors.warm_up(self._nr_bytes)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Broken(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")

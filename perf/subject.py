@@ -86,8 +86,8 @@ class Subject:
         self.outcome.want_below(what, limit_percent, 100 * change, "%")
 
     def warm_up(self) -> None:
-        """Touch as much memory as a restore needs, with some room for page tables and the tool."""
-        self.bench.floors.touch(self._copies * self.nr_bytes * 17 // 16)
+        """Touch as much memory as a restore needs."""
+        self.bench.floors.warm_up(self._copies * self.nr_bytes)
 
     def verify(self) -> None:
         """The restored tree checks its memory and ends."""

@@ -127,5 +127,5 @@ class Dumps:
         remove(images)
         if images not in [path for path, _ in self.kept]:
             self.kept.append((images, criu))
-        self.bench.floors.touch(self.nr_bytes * 17 // 16)
+        self.bench.floors.warm_up(self.nr_bytes)
         return images
