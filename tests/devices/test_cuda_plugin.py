@@ -312,8 +312,10 @@ def test_a_process_without_cuda_costs_no_driver(fake: FakeCuda, host: Host) -> N
     victim = fake.start()
     fake.end()
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        run(dump, plugin, sleeper.pid, victim)
-        sleeper.kill()
+        try:
+            run(dump, plugin, sleeper.pid, victim)
+        finally:
+            sleeper.kill()
     assert driver_module.load.cache_info().misses == 0
     assert not plugin.used
     assert not (host.images / "cuda.json").exists()

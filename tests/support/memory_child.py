@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from array import array
 from collections.abc import Callable
 from typing import Self
 
 from gpurestore.images import pb
+from gpurestore.images.folder import ImageFolder
+from gpurestore.images.pagemap import read_pagemap
 from gpurestore.images.writer import ImageWriter
+from gpurestore.tasks.memory import PagePlan, filling
+from gpurestore.tasks.memory.hugepages import HugeBlocks
 
 PAGE = 4096
 PROT_NONE, PROT_READ, PROT_RW = 0, 1, 3
@@ -77,6 +82,15 @@ class MemoryChild:
     def __exit__(self, *_: object) -> None:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
+
+
+def plan_offsets(
+    found: ImageFolder, size: int, huge: HugeBlocks | None = None, chunk_bytes: int = filling.CHUNK_BYTES
+) -> PagePlan:
+    """Plan the pages of task 1 as those of an object of ``size`` bytes: its addresses are offsets."""
+    kind = b"\0" if huge is None else b"\3"
+    ranges = array("Q", [0]), array("Q", [size]), kind
+    return filling._plan(found, read_pagemap(found, "pagemap", 1), "pagemap-1.img", ranges, chunk_bytes, huge)
 
 
 def commit_images(writer: ImageWriter) -> None:

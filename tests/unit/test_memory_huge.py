@@ -22,6 +22,7 @@ from support.memory_child import (
     libc,
     map_memory,
     pattern,
+    plan_offsets,
 )
 
 from gpurestore.batch import Call
@@ -29,12 +30,12 @@ from gpurestore.core import Region
 from gpurestore.errors import CallFailedError, ImageError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.pagemap import PRESENT, read_pagemap, write_pagemap
+from gpurestore.images.pagemap import PRESENT, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.syscalls import NR
 from gpurestore.tasks import maps, memory, vmaflags
 from gpurestore.tasks.maps import HUGE_PAGE_BYTES as BLOCK
-from gpurestore.tasks.memory import HugePages, PagePlan, Worker, filling, hugepages, placing, userfaultfd
+from gpurestore.tasks.memory import HugePages, PagePlan, Worker, hugepages, placing, userfaultfd
 from gpurestore.tasks.memory.hugepages import HugeBlocks
 
 Runs = list[tuple[int, int]]
@@ -202,11 +203,7 @@ def test_an_object_gets_huge_pages_and_its_mapping_no_flag(folder: Path) -> None
     reserved = map_memory(size + BLOCK)
     start = map_memory(size, PROT_RW, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, at=-(-reserved // BLOCK) * BLOCK)
     with images(folder, runs) as found:
-        huge = hugepages.blocks_of_object(HugePages.AUTO)
-        ranges = array("Q", [0]), array("Q", [size]), b"\3"
-        made = filling._plan(
-            found, read_pagemap(found, "pagemap", 1), "pagemap-1.img", ranges, filling.CHUNK_BYTES, huge
-        )
+        made = plan_offsets(found, size, hugepages.blocks_of_object(HugePages.AUTO))
         with memory.open_pages(found, made) as source:
             made.fill(start, size, source, jobs=2)
     for address, nr in runs:
@@ -272,14 +269,7 @@ def test_every_page_arrives_whatever_becomes_huge(
     blocks = HugeBlocks(min_pages, (edges, array("Q", [edge + BLOCK for edge in edges])) if kept else None)
     start = map_memory(at, PROT_RW, MAP_SHARED | MAP_ANONYMOUS)
     with images(tmp_path_factory.mktemp("pump"), runs) as found:
-        made = filling._plan(
-            found,
-            read_pagemap(found, "pagemap", 1),
-            "pagemap-1.img",
-            (array("Q", [0]), array("Q", [at]), b"\3"),
-            chunk_bytes,
-            blocks,
-        )
+        made = plan_offsets(found, at, blocks, chunk_bytes)
         with memory.open_pages(found, made) as source:
             made.fill(start, at, source, jobs=2)
     expected = bytearray(at)

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.agent_child import AgentChild
-from support.memory_child import PAGE, PROT_READ, PROT_RW, commit_images, libc, map_memory, pattern
+from support.memory_child import PAGE, PROT_READ, PROT_RW, commit_images, libc, map_memory, pattern, plan_offsets
 
 from gpurestore.core import Cancel, Region
 from gpurestore.errors import CancelledError, CoreError, ImageError, TaskDiedError
 from gpurestore.images import pb
 from gpurestore.images.folder import ImageFolder
-from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, Pagemap, read_pagemap, write_pagemap
+from gpurestore.images.pagemap import LAZY, PARENT, PRESENT, Pagemap, write_pagemap
 from gpurestore.images.writer import ImageWriter
 from gpurestore.tasks import maps, memory, vmaflags
 from gpurestore.tasks.memory import Worker, filling
@@ -124,14 +124,7 @@ def test_every_page_arrives_at_its_address(
     start = map_memory(at)
     folder = tmp_path_factory.mktemp("pump")
     with images(folder, runs) as found:
-        made = filling._plan(
-            found,
-            read_pagemap(found, "pagemap", 1),
-            "pagemap-1.img",
-            (array("Q", [0]), array("Q", [at]), b"\0"),
-            chunk_bytes,
-            None,
-        )
+        made = plan_offsets(found, at, chunk_bytes=chunk_bytes)
         with memory.open_pages(found, made) as pages:
             made.fill(start, at, pages, jobs=2)
     memory_now = ctypes.string_at(start, at)
